@@ -1,0 +1,1 @@
+"""Checkpoints: name rules as data, streaming reader, writer."""

@@ -1,0 +1,262 @@
+"""The model configuration: one frozen dataclass for the whole family.
+
+Field names are those of the published ``config.json`` files (arXiv 2404.14219, the Phi-3.5 model cards and
+their configuration classes), so that a preset diffs cleanly against a published file. Everything that
+varies between models is a field here; no code below asks for a model's name.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+ROPE_TYPES = ("longrope", "su", "yarn")
+"""Spellings of LongRoPE in published configs (``su`` and ``yarn`` are older names of the same computation)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """LongRoPE's two sets of frequency factors (arXiv 2402.13753).
+
+    Attributes:
+        short_factor: head_dim / 2 divisors, used by sequences of at most the original length.
+        long_factor: head_dim / 2 divisors, used by longer sequences.
+        short_mscale: multiplier of cos and sin under the short factors; None takes the formula
+            sqrt(1 + ln(max / original) / ln(original)).
+        long_mscale: the same for the long factors.
+        type: how the published config spells it ("longrope" or "su"); kept for the export.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    short_mscale: float | None = None
+    long_mscale: float | None = None
+    type: str = "longrope"
+
+    def __post_init__(self) -> None:
+        if self.type not in ROPE_TYPES:
+            raise ValueError(f"rope_scaling.type must be one of {ROPE_TYPES}, got {self.type!r}")
+        for name in ("short_factor", "long_factor"):
+            object.__setattr__(self, name, tuple(float(factor) for factor in getattr(self, name)))
+            if not all(factor > 0 for factor in getattr(self, name)):
+                raise ValueError(f"rope_scaling.{name} must hold positive numbers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The image side of a vision model: CLIP tower, HD transform, projector.
+
+    Attributes:
+        image_size: side S of one crop in pixels (336 for CLIP ViT-L/14-336).
+        patch_size: side of one tower patch in pixels.
+        hidden_size: width of the tower (published: ``img_processor.image_dim_out``).
+        intermediate_size: width of the tower's feed-forward.
+        num_hidden_layers: blocks of the tower, the unused last one included.
+        num_attention_heads: heads of the tower.
+        layer_norm_eps: epsilon of the tower's LayerNorms.
+        num_crops: default limit of tiles in the HD transform (4 published for 3.5, 16 for 3).
+        image_mean: per-channel mean of the normalisation.
+        image_std: per-channel standard deviation of the normalisation.
+        image_token_id: id of ``<|image|>``, accepted as a placeholder in place of the negative ids.
+        model_name: name of the published tower, kept for the export.
+    """
+
+    image_size: int = 336
+    patch_size: int = 14
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    layer_norm_eps: float = 1e-5
+    num_crops: int = 4
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    image_token_id: int = 32044
+    model_name: str = "openai/clip-vit-large-patch14-336"
+
+    def __post_init__(self) -> None:
+        for name in ("image_mean", "image_std"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        _check_positive(
+            self,
+            "image_size patch_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_crops",
+        )
+        if self.image_size % (2 * self.patch_size):
+            raise ValueError(
+                f"vision.image_size ({self.image_size}) must be a multiple of twice vision.patch_size "
+                f"({self.patch_size}): features are merged 2x2"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"vision.hidden_size ({self.hidden_size}) must be a multiple of vision.num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+        if self.num_hidden_layers < 2:
+            raise ValueError("vision.num_hidden_layers must be at least 2: features come from the last but one block")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a crop (24 published)."""
+        return self.image_size // self.patch_size
+
+    @property
+    def merged_grid_size(self) -> int:
+        """Features along one side of a crop after the 2x2 merge (12 published)."""
+        return self.grid_size // 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that defines a model of the family.
+
+    Defaults are those of phi-3-mini-4k. ``num_local_experts > 0`` fills the feed-forward slot with the
+    sparse layer, ``vision`` fills the embedding slot with the image path; a model may fill both.
+
+    Raises:
+        ValueError: on any inconsistent field, all of them named at once.
+    """
+
+    model_type: str = "phi3"
+    vocab_size: int = 32064
+    hidden_size: int = 3072
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    norm_type: str = "rmsnorm"
+    rms_norm_eps: float = 1e-5
+    attention_bias: bool = False
+    lm_head_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    attention_dropout: float = 0.0
+    embd_pdrop: float = 0.0
+    resid_pdrop: float = 0.0
+    max_position_embeddings: int = 4096
+    original_max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    bos_token_id: int = 1
+    eos_token_id: int = 32000
+    pad_token_id: int = 32000
+    stop_token_ids: tuple[int, ...] = (32007, 32001, 32000)
+    num_local_experts: int = 0
+    num_experts_per_tok: int = 2
+    router_type: str = "sparsemixer"
+    router_jitter_noise: float = 0.01
+    input_jitter_noise: float = 0.0
+    router_aux_loss_coef: float = 0.0
+    experts_backend: str = "auto"
+    vision: VisionConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.head_dim is None and self.num_attention_heads > 0:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("invalid model config: " + "; ".join(problems))
+
+    def _problems(self) -> Any:
+        counts = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "max_position_embeddings original_max_position_embeddings"
+        )
+        for name in counts.split():
+            if getattr(self, name) <= 0:
+                yield f"{name} must be positive, got {getattr(self, name)}"
+        if self.num_attention_heads <= 0 or self.num_key_value_heads <= 0:
+            return
+        if self.num_attention_heads % self.num_key_value_heads:
+            yield (
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if self.attention_head_dim % 2:
+            yield f"head_dim must be even for rotary embeddings, got {self.head_dim}"
+        if self.norm_type not in ("rmsnorm", "layernorm"):
+            yield f"norm_type must be 'rmsnorm' or 'layernorm', got {self.norm_type!r}"
+        if self.hidden_act not in ("silu", "gelu"):
+            yield f"hidden_act must be 'silu' or 'gelu', got {self.hidden_act!r}"
+        if self.sliding_window is not None and self.sliding_window <= 0:
+            yield f"sliding_window must be positive or None, got {self.sliding_window}"
+        if self.rope_scaling is not None:
+            for name in ("short_factor", "long_factor"):
+                length = len(getattr(self.rope_scaling, name))
+                if length != self.attention_head_dim // 2:
+                    yield (
+                        f"rope_scaling.{name} must hold head_dim / 2 = {self.attention_head_dim // 2} numbers, "
+                        f"got {length}"
+                    )
+        elif self.max_position_embeddings > self.original_max_position_embeddings:
+            yield (
+                f"max_position_embeddings ({self.max_position_embeddings}) exceeds original_max_position_embeddings "
+                f"({self.original_max_position_embeddings}) without rope_scaling: give the LongRoPE factors or set "
+                "both lengths equal"
+            )
+        for name in ("attention_dropout", "embd_pdrop", "resid_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name} must be in [0, 1), got {getattr(self, name)}"
+        if self.num_local_experts < 0:
+            yield f"num_local_experts must be 0 (dense) or positive, got {self.num_local_experts}"
+        if self.num_local_experts:
+            if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+                yield (
+                    f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_local_experts "
+                    f"({self.num_local_experts})"
+                )
+            if self.router_type not in ("sparsemixer", "topk"):
+                yield f"router_type must be 'sparsemixer' or 'topk', got {self.router_type!r}"
+            if self.router_type == "sparsemixer" and self.num_experts_per_tok != 2:
+                yield f"SparseMixer routes to exactly 2 experts, got num_experts_per_tok={self.num_experts_per_tok}"
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the feed-forward slot holds the sparse layer."""
+        return self.num_local_experts > 0
+
+    @property
+    def rope_attention_scaling(self) -> tuple[float, float]:
+        """Multipliers of cos and sin under the (short, long) factors."""
+        if self.rope_scaling is None:
+            return (1.0, 1.0)
+        ratio = self.max_position_embeddings / self.original_max_position_embeddings
+        formula = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(self.original_max_position_embeddings))
+        short, long = self.rope_scaling.short_mscale, self.rope_scaling.long_mscale
+        return (formula if short is None else short, formula if long is None else long)
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with some fields changed.
+
+        Dicts are accepted for ``rope_scaling`` and ``vision``; ``vision`` dicts change fields of the present one.
+        A change of ``hidden_size`` or ``num_attention_heads`` without ``head_dim`` recomputes ``head_dim``.
+
+        Raises:
+            ValueError: for unknown fields, all of them named, or an inconsistent result.
+        """
+        known = {field.name for field in dataclasses.fields(self)}
+        unknown = sorted(set(changes) - known)
+        if unknown:
+            raise ValueError(f"unknown config fields {unknown}; known fields are {sorted(known)}")
+        if isinstance(changes.get("rope_scaling"), dict):
+            changes["rope_scaling"] = RopeScaling(**changes["rope_scaling"])
+        if isinstance(changes.get("vision"), dict):
+            base = self.vision or VisionConfig()
+            changes["vision"] = dataclasses.replace(base, **changes["vision"])
+        if ("hidden_size" in changes or "num_attention_heads" in changes) and "head_dim" not in changes:
+            changes["head_dim"] = None
+        return dataclasses.replace(self, **changes)
+
+
+def _check_positive(config: Any, names: str) -> None:
+    for name in names.split():
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")

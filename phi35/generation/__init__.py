@@ -1,0 +1,1 @@
+"""Text generation: decoding loop, sampling, stopping, streaming."""

@@ -1,0 +1,1 @@
+"""Training: config, DeepSpeed engine, loop, data, checkpoints."""
