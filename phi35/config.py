@@ -229,7 +229,9 @@ class ModelConfig:
         if self.rope_scaling is None:
             return (1.0, 1.0)
         ratio = self.max_position_embeddings / self.original_max_position_embeddings
-        formula = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(self.original_max_position_embeddings))
+        formula = (
+            1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(self.original_max_position_embeddings))
+        )
         short, long = self.rope_scaling.short_mscale, self.rope_scaling.long_mscale
         return (formula if short is None else short, formula if long is None else long)
 

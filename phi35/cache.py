@@ -1,0 +1,166 @@
+"""The key-value cache: preallocated or growing tensors with a length per row.
+
+Rows are compact: padding is never stored, so that slot j of a row holds the key of its j-th real token and
+a row in a batch is laid out exactly as it would be alone. Each row also records under which LongRoPE factor
+set its keys were rotated, since keys of one set are wrong beside queries of the other.
+"""
+
+import torch
+
+from phi35.config import ModelConfig
+
+GROWTH_SLOTS = 256
+"""A growing cache is enlarged to a multiple of this many slots, at least doubling."""
+
+
+class KVCache:
+    """Keys and values of every layer.
+
+    Args:
+        config: the model's config.
+        batch_size: rows B.
+        max_length: tokens per row to preallocate; None grows as needed.
+        device: where the tensors lie.
+        dtype: of keys and values.
+
+    Attributes:
+        lengths: (B,) int64, real tokens stored per row.
+        rope_long: (B,) bool, rows whose keys stand under the long factors.
+        num_slots: host-side upper bound of ``lengths``.
+        uniform_length: host-side length shared by all rows, or None where rows may differ.
+
+    Raises:
+        ValueError: for a batch size or length below 1.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_length: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size of a cache must be at least 1, got {batch_size}")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length of a cache must be at least 1 or None, got {max_length}")
+        self.config = config
+        self.max_length = max_length
+        self.capacity = max_length or 0
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.rope_long = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self.num_slots = 0
+        self.uniform_length: int | None = 0
+        self._device, self._dtype = torch.device(device), dtype
+        shape = (batch_size, config.num_key_value_heads, self._allocated(self.capacity), config.attention_head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows B."""
+        return self.lengths.shape[0]
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for ``num_slots`` tokens in every row.
+
+        Raises:
+            ValueError: if a preallocated cache is too small.
+        """
+        if num_slots <= self.capacity:
+            return
+        if self.max_length is not None:
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens a row and {num_slots} are needed: make it with a larger "
+                "max_length, or with max_length=None to let it grow"
+            )
+        capacity = -(-max(num_slots, 2 * self.capacity) // GROWTH_SLOTS) * GROWTH_SLOTS
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                new = old.new_zeros(*old.shape[:2], self._allocated(capacity), old.shape[3])
+                new[:, :, : self.capacity] = old[:, :, : self.capacity]
+                tensors[layer] = new
+        self.capacity = capacity
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor | int) -> None:
+        """Store one chunk of one layer.
+
+        Args:
+            layer: index of the layer.
+            keys: (B, K, T, d), rotated.
+            values: (B, K, T, d).
+            slots: first slot of the chunk where all rows agree, else (B, T) int64 slots; ``capacity`` is the slot
+                that takes padding and is never read.
+        """
+        if isinstance(slots, int):
+            self.keys[layer][:, :, slots : slots + keys.shape[2]] = keys
+            self.values[layer][:, :, slots : slots + keys.shape[2]] = values
+            return
+        rows = torch.arange(self.batch_size, device=slots.device)[:, None]
+        self.keys[layer].transpose(1, 2)[rows, slots] = keys.transpose(1, 2)
+        self.values[layer].transpose(1, 2)[rows, slots] = values.transpose(1, 2)
+
+    def read(self, layer: int, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views (B, K, num_slots, d) of one layer's keys and values."""
+        return self.keys[layer][:, :, :num_slots], self.values[layer][:, :, :num_slots]
+
+    def select_rows(self, rows: torch.Tensor) -> "KVCache":
+        """A new cache holding copies of the given rows, in the given order.
+
+        Args:
+            rows: (n,) int64 indices or (B,) bool mask.
+        """
+        rows = self._indices(rows)
+        chosen = KVCache.__new__(KVCache)
+        chosen.config, chosen.max_length, chosen.capacity = self.config, self.max_length, self.capacity
+        chosen._device, chosen._dtype = self._device, self._dtype
+        chosen.lengths, chosen.rope_long = self.lengths[rows], self.rope_long[rows]
+        chosen.num_slots, chosen.uniform_length = self.num_slots, self.uniform_length
+        chosen.keys = [keys[rows] for keys in self.keys]
+        chosen.values = [values[rows] for values in self.values]
+        return chosen
+
+    def write_rows(self, rows: torch.Tensor, other: "KVCache") -> None:
+        """Replace the given rows by the rows of another cache, in order.
+
+        Raises:
+            ValueError: if the number of rows differs, or a preallocated cache is too small.
+        """
+        rows = self._indices(rows)
+        if rows.numel() != other.batch_size:
+            raise ValueError(f"{rows.numel()} rows were chosen and the other cache has {other.batch_size}")
+        self.reserve(other.num_slots)
+        for mine, theirs in zip((self.keys, self.values), (other.keys, other.values), strict=True):
+            for layer in range(len(mine)):
+                mine[layer][rows, :, : other.num_slots] = theirs[layer][:, :, : other.num_slots]
+        self.lengths[rows], self.rope_long[rows] = other.lengths, other.rope_long
+        self.num_slots = max(self.num_slots, other.num_slots)
+        if self.uniform_length != other.uniform_length:
+            self.uniform_length = other.uniform_length if rows.numel() == self.batch_size else None
+
+    def reset_rows(self, rows: torch.Tensor) -> None:
+        """Empty the given rows (indices or bool mask)."""
+        rows = self._indices(rows)
+        self.lengths[rows], self.rope_long[rows] = 0, False
+        if rows.unique().numel() == self.batch_size:
+            self.num_slots, self.uniform_length = 0, 0
+        elif rows.numel():
+            self.uniform_length = None
+
+    def crop(self, rows: torch.Tensor, lengths: torch.Tensor | int) -> None:
+        """Shorten rows to at most the given lengths: (n,) int64 or one number."""
+        rows = self._indices(rows)
+        limit = torch.as_tensor(lengths, device=self.lengths.device, dtype=torch.int64)
+        self.lengths[rows] = torch.minimum(self.lengths[rows], limit.expand_as(rows))
+        longest, shortest = int(self.lengths.max()), int(self.lengths.min())
+        self.num_slots, self.uniform_length = longest, longest if longest == shortest else None
+
+    def _indices(self, rows: torch.Tensor) -> torch.Tensor:
+        rows = torch.as_tensor(rows, device=self.lengths.device)
+        return rows.nonzero().flatten() if rows.dtype == torch.bool else rows.long()
+
+    @staticmethod
+    def _allocated(capacity: int) -> int:
+        return capacity + 1

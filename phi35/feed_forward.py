@@ -1,0 +1,27 @@
+"""The dense feed-forward: a gated linear unit (arXiv 2002.05202) with gate and up projection in one matrix."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from phi35.config import ModelConfig
+from phi35.outputs import RouterOutput
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+
+
+class GatedMLP(nn.Module):
+    """down_proj(act(gate) * up), with ``gate_up_proj`` holding the gate's rows first."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, RouterOutput | None]:
+        """Map (B, T, D) to ((B, T, D), None): the dense layer routes nothing."""
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(self.activation(gate) * up), None

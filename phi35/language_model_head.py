@@ -1,0 +1,104 @@
+"""The output head and its loss, which never holds the float32 logits of a long batch.
+
+The loss walks over the tokens in chunks. Each chunk's logits, their softmax and their gradient live only
+while that chunk is worked on: with V = 32,064 and 131,072 tokens the full float32 logits would take 16.8 GB.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+LOGITS_PER_CHUNK = 2**26
+"""Logits held at once (256 MiB in float32)."""
+
+IGNORED_LABEL = -100
+
+
+class LanguageModelHead(nn.Linear):
+    """Linear map to the vocabulary that can return the mean cross-entropy in place of logits."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits, or the loss.
+
+        Args:
+            hidden_states: (..., D).
+            labels: (...) int64 aligned with ``hidden_states`` (already shifted); negative ids do not count.
+
+        Returns:
+            (..., V) logits in the head's dtype, or with ``labels`` a float32 scalar; with no label that counts it is 0.
+        """
+        if labels is None:
+            return super().forward(hidden_states)
+        flat_states, flat_labels = hidden_states.reshape(-1, self.in_features), labels.reshape(-1)
+        return _HeadLoss.apply(flat_states, self.weight, self.bias, flat_labels)
+
+
+def loss_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in float32 of (..., V) logits against (...) labels; negative labels do not count."""
+    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    targets = targets.masked_fill(targets < 0, IGNORED_LABEL)
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for rows in _chunks(flat.shape[0], flat.shape[1]):
+        total = total + F.cross_entropy(flat[rows].float(), targets[rows], ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / (targets >= 0).sum().clamp(min=1)
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Align labels (B, T) with the positions that predict them: moved left by one, the last column ignored."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def _chunks(num_rows: int, vocab_size: int) -> list[slice]:
+    size = max(1, LOGITS_PER_CHUNK // vocab_size)
+    return [slice(first, first + size) for first in range(0, num_rows, size)]
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy of a linear head; gradients are made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        counted = labels >= 0
+        scale = 1.0 / counted.sum().clamp(min=1).float()
+        need_states, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_states = torch.empty_like(hidden_states) if need_states else None
+        # Chunks are summed in float32: in bfloat16 the sum of many chunks would lose the small ones.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        for rows in _chunks(hidden_states.shape[0], weight.shape[0]):
+            states, keep = hidden_states[rows], counted[rows]
+            log_probs = F.linear(states, weight, bias).float().log_softmax(dim=-1)
+            targets = labels[rows].clamp(min=0)[:, None]
+            total -= log_probs.gather(1, targets).squeeze(1).masked_fill(~keep, 0.0).sum()
+            if not (need_states or need_weight or need_bias):
+                continue
+            grad = log_probs.exp_()
+            grad.scatter_add_(1, targets, grad.new_full((1, 1), -1.0).expand_as(targets))
+            grad *= (keep * scale)[:, None]
+            grad_logits = grad.to(hidden_states.dtype)
+            if grad_states is not None:
+                grad_states[rows] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.mT @ states
+            if grad_bias is not None:
+                grad_bias += grad.sum(dim=0)
+        ctx.save_for_backward(
+            grad_states,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
+        return total * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        grads = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
+        return (*grads, None)

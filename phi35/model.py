@@ -1,0 +1,282 @@
+"""The base decoder of the Phi-3 and Phi-3.5 series (arXiv 2404.14219) and its language model head.
+
+Pre-norm blocks with two slots filled from the config: the feed-forward of each layer (dense here, sparse from
+``moe``) and the image embedding (from ``vision``). In-memory names are the published ``phi3`` names for every
+family; other families' names are mapped at the checkpoint's edge.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from phi35.attention import Attention, AttentionPlan, plan_attention
+from phi35.cache import KVCache
+from phi35.config import ModelConfig
+from phi35.language_model_head import LanguageModelHead, loss_from_logits, shift_labels
+from phi35.norm import RMSNorm, build_norm
+from phi35.outputs import CausalLMOutput, RouterOutput
+from phi35.registry import resolve
+from phi35.rope import RotaryEmbedding
+
+
+class CausalLM(nn.Module):
+    """A decoder with its head: any model of the family, as its config says.
+
+    Attributes:
+        config: the frozen config the model was built from.
+        gradient_checkpointing: recompute each layer in the backward pass (training mode only); the random state
+            is restored, so that routing noise and dropout repeat.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Point the head at the embedding where the config ties them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether each layer is recomputed in the backward pass."""
+        return self.model.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.model.gradient_checkpointing = enabled
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embedding, where inputs belong."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the embedding."""
+        return self.model.embed_tokens.weight.dtype
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool = False,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        rope_lengths: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
+        return_logits: bool | None = None,
+    ) -> CausalLMOutput:
+        """One pass over a chunk of T tokens.
+
+        Args:
+            input_ids: (B, T) int64; -i stands where features of the row's image i go.
+            attention_mask: (B, T) or (B, past + T), nonzero for real tokens, padding on either side.
+            position_ids: (B, T) int64; by default the running count of each row's real tokens.
+            past_key_values: cache to read and extend.
+            inputs_embeds: (B, T, D) in place of ``input_ids``.
+            labels: (B, T) int64, shifted inside; -100 and all other negative ids do not count.
+            use_cache: make a growing cache where none is given.
+            pixel_values: (C, 3, S, S) crops of all images of the batch, in order, each global view first.
+            image_sizes: (N, 2) int64 height and width of each image after padding.
+            rope_lengths: (B,) int64 total length each row will reach, which chooses its LongRoPE factors.
+            logits_to_keep: compute logits for the last n positions alone; 0 for all.
+            return_logits: by default True, save in training mode with labels, where they are never held whole.
+
+        Raises:
+            ValueError: for inputs that contradict each other, or an unannounced LongRoPE crossing of a cached row.
+        """
+        self._check_inputs(input_ids, inputs_embeds, labels, logits_to_keep)
+        if past_key_values is None and use_cache:
+            given = input_ids if input_ids is not None else inputs_embeds
+            assert given is not None
+            past_key_values = self.new_cache(given.shape[0])
+        hidden_states, router_outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            rope_lengths=rope_lengths,
+        )
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        loss = logits = None
+        if return_logits:
+            logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
+        if labels is not None:
+            targets = shift_labels(labels.to(hidden_states.device))
+            whole = logits is not None and not logits_to_keep
+            loss = loss_from_logits(logits, targets) if whole else self.lm_head(hidden_states, targets)
+        return CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            router_outputs=router_outputs,
+            hidden_states=hidden_states,
+        )
+
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """An empty cache on the model's device: preallocated for ``max_length`` tokens a row, or growing."""
+        return KVCache(self.config, batch_size, max_length, device=self.device, dtype=self.dtype)
+
+    def image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[torch.Tensor]:
+        """Features (tokens_i, D) of each image, as they enter the decoder.
+
+        Args:
+            pixel_values: (C, 3, S, S) crops of all images.
+            image_sizes: (N, 2) heights and widths after padding.
+
+        Raises:
+            ValueError: for a text-only model.
+        """
+        if self.model.vision_embed_tokens is None:
+            raise ValueError("this model is text-only and has no image features: its config has no vision part")
+        return self.model.vision_embed_tokens.features(pixel_values, image_sizes)
+
+    def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Continue prompts; see ``phi35.generation.decoding.generate`` for the options.
+
+        Args:
+            input_ids: (B, T) int64.
+            **options: the processor's other outputs and the decoding options.
+
+        Returns:
+            (B, T + new) int64.
+        """
+        return resolve("phi35.generation.decoding:generate")(self, input_ids, **options)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw all parameters anew: norms 1, biases 0, all else normal with ``initializer_range``."""
+        done: set[int] = set()
+        for module in self.modules():
+            if isinstance(module, RMSNorm | nn.LayerNorm):
+                module.weight.fill_(1.0)
+                done.add(id(module.weight))
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, nn.Parameter):
+                bias.zero_()
+                done.add(id(bias))
+        for parameter in self.parameters():
+            if id(parameter) not in done:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+
+    def _check_inputs(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        logits_to_keep: int,
+    ) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids (B, T) and inputs_embeds (B, T, D)")
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        if given.dim() != (2 if input_ids is not None else 3):
+            expected = "input_ids (B, T)" if input_ids is not None else "inputs_embeds (B, T, D)"
+            raise ValueError(f"expected {expected}, got shape {tuple(given.shape)}")
+        if given.shape[0] == 0 or given.shape[1] == 0:
+            raise ValueError(f"the batch is empty: shape {tuple(given.shape)}; give at least one row of one token")
+        if labels is not None and labels.shape != given.shape[:2]:
+            raise ValueError(f"labels must be {tuple(given.shape[:2])} like the inputs, got {tuple(labels.shape)}")
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be 0 (all) or positive, got {logits_to_keep}")
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.vision_embed_tokens = None if config.vision is None else resolve("embedding.vision")(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = build_norm(config)
+        self.rope = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        rope_lengths: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, tuple[RouterOutput, ...]]:
+        """Hidden states (B, T, D) after the final norm, and each sparse layer's routing."""
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self._embed(input_ids, pixel_values, image_sizes, cached=cache is not None)
+        elif pixel_values is not None:
+            raise ValueError("pixel_values need input_ids, which say where the features go; inputs_embeds came instead")
+        hidden_states = F.dropout(inputs_embeds, self.config.embd_pdrop, self.training)
+        plan = plan_attention(self.config, self.rope, hidden_states, attention_mask, position_ids, cache, rope_lengths)
+        router_outputs = []
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                hidden_states, routing = checkpoint(layer, hidden_states, plan, cache, use_reentrant=False)
+            else:
+                hidden_states, routing = layer(hidden_states, plan, cache)
+            if routing is not None:
+                router_outputs.append(routing)
+        if cache is not None and plan.lengths is not None:
+            cache.lengths, cache.uniform_length = plan.lengths, plan.uniform_length
+            cache.num_slots = plan.stored_slots
+        return self.norm(hidden_states), tuple(router_outputs)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_sizes: torch.Tensor | None,
+        cached: bool,
+    ) -> torch.Tensor:
+        """Token embeddings (B, T, D) with image features in place."""
+        if self.vision_embed_tokens is None:
+            if pixel_values is not None:
+                raise ValueError("this model is text-only: leave out pixel_values, or load a vision model")
+            return self.embed_tokens(input_ids)
+        inputs_embeds = self.embed_tokens(input_ids.clamp(min=0))
+        # One cached token is an answer's, never an image's; looking for placeholders would cost a synchronisation.
+        if cached and input_ids.shape[1] == 1 and pixel_values is None and input_ids.device.type != "cpu":
+            return inputs_embeds
+        return self.vision_embed_tokens(input_ids, inputs_embeds, pixel_values, image_sizes)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = resolve("feed_forward.sparse" if config.is_sparse else "feed_forward.dense")(config)
+        self.input_layernorm = build_norm(config)
+        self.post_attention_layernorm = build_norm(config)
+        self.dropout = config.resid_pdrop
+
+    def forward(
+        self, hidden_states: torch.Tensor, plan: AttentionPlan, cache: KVCache | None
+    ) -> tuple[torch.Tensor, RouterOutput | None]:
+        """Map (B, T, D) to (B, T, D) and, in a sparse layer, the routing."""
+        attended = self.self_attn(self.input_layernorm(hidden_states), plan, cache)
+        hidden_states = hidden_states + F.dropout(attended, self.dropout, self.training)
+        fed, routing = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + F.dropout(fed, self.dropout, self.training), routing
