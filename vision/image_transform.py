@@ -1,0 +1,174 @@
+"""The HD transform of Phi-3-vision and Phi-3.5-vision: one picture becomes a global view and a grid of tiles.
+
+Follows the published image processor pixel for pixel: the longer side spans s tiles, where s is the largest
+integer with s * ceil(s / ratio) <= num_crops, the shorter side is padded with white to whole tiles, and the
+global view is a bicubic reduction (without antialias) of the padded, normalised picture. It departs in three
+points: tile and patch sizes come from the configuration, a batch holds no padded crops, and a picture too
+narrow to keep one row of pixels is refused by name.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from phi35.config import VisionConfig
+from vision.decode import open_image
+
+_WHITE = 255
+
+
+@dataclass(frozen=True)
+class ImageCrops:
+    """What the transform makes of one picture.
+
+    Attributes:
+        pixel_values: (1 + h * w, 3, S, S) float32, normalised: the global view, then the tiles row by row.
+        image_size: (H, W) in pixels of the padded picture, multiples of the tile side S.
+        num_tokens: how many positions the picture takes in the prompt.
+    """
+
+    pixel_values: Tensor
+    image_size: tuple[int, int]
+    num_tokens: int
+
+
+class ImageTransform:
+    """Turns pictures into crops for the tower.
+
+    Args:
+        config: gives tile side, patch side, normalisation and the default of ``num_crops``.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        self.config = config
+        self._mean = torch.tensor(config.image_mean).view(3, 1, 1)
+        self._std = torch.tensor(config.image_std).view(3, 1, 1)
+
+    def __call__(self, image: Any, num_crops: int | None = None) -> ImageCrops:
+        """Opens, resizes, pads, normalises and cuts one picture.
+
+        Args:
+            image: anything ``vision.decode.open_image`` takes.
+            num_crops: largest number of tiles (the global view not counted); None takes the configured one.
+
+        Raises:
+            ValueError: for an unreadable picture, ``num_crops`` below 1, or an aspect ratio so extreme that the
+                shorter side would be resized to no pixel at all.
+        """
+        picture = open_image(image)
+        limit = self.config.num_crops if num_crops is None else num_crops
+        plane = self._normalised(self._padded(picture, limit))
+        height, width = plane.shape[1:]
+        side = self.config.image_size
+        rows, columns = height // side, width // side
+        pixel_values = torch.empty(1 + rows * columns, 3, side, side)
+        pixel_values[0] = F.interpolate(plane[None], size=(side, side), mode="bicubic", align_corners=False)[0]
+        tiles = plane.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4)
+        pixel_values[1:].view(rows, columns, 3, side, side).copy_(tiles)
+        return ImageCrops(pixel_values, (height, width), num_image_tokens(height, width, self.config))
+
+    def num_tokens(self, width: int, height: int, num_crops: int | None = None) -> int:
+        """Prompt positions that a picture of this size takes, from its size alone.
+
+        Args:
+            width: pixels, after EXIF orientation.
+            height: pixels, after EXIF orientation.
+            num_crops: as in the call.
+
+        Raises:
+            ValueError: as in the call.
+        """
+        limit = self.config.num_crops if num_crops is None else num_crops
+        resized_width, resized_height = resized_size(max(width, height), min(width, height), limit, self.config)
+        padded_height = _whole_tiles(resized_height, self.config.image_size)
+        if width < height:
+            return num_image_tokens(resized_width, padded_height, self.config)
+        return num_image_tokens(padded_height, resized_width, self.config)
+
+    def _padded(self, picture: Image.Image, num_crops: int) -> Tensor:
+        """(3, H, W) uint8, resized with the longer side in whole tiles, the shorter one padded with white."""
+        # The published code transposes portraits and resizes them lying: Pillow filters rows first and rounds
+        # in between, so that resizing them upright would give other pixels.
+        upright = picture.width < picture.height
+        if upright:
+            picture = picture.transpose(Image.Transpose.TRANSPOSE)
+        width, height = resized_size(picture.width, picture.height, num_crops, self.config)
+        padded_height = _whole_tiles(height, self.config.image_size)
+        canvas = np.full((padded_height, width, 3), _WHITE, dtype=np.uint8)
+        top = (padded_height - height) // 2
+        canvas[top : top + height] = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+        return torch.from_numpy(canvas).permute((2, 1, 0) if upright else (2, 0, 1))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """(3, H, W) float32, contiguous: divided by 255, minus the mean, divided by the deviation."""
+        plane = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return plane.div_(255).sub_(self._mean).div_(self._std)
+
+
+def resized_size(width: int, height: int, num_crops: int, config: VisionConfig) -> tuple[int, int]:
+    """Size (width, height) in pixels that a landscape picture is resized to, before padding.
+
+    The height is truncated in floating point as published: a 24:17 picture on one tile of 336 gets 237 rows,
+    not 238.
+
+    Raises:
+        ValueError: if ``num_crops`` is below 1 or the height comes out as 0.
+    """
+    if isinstance(num_crops, bool) or not isinstance(num_crops, int) or num_crops < 1:
+        raise ValueError(f"num_crops must be an integer of at least 1, got {num_crops!r}")
+    if height < 1 or width < height:
+        raise ValueError(f"expected a landscape or square size of at least one pixel, got {width}x{height}")
+    ratio = width / height
+    scale = 1
+    while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
+        scale += 1
+    new_width = scale * config.image_size
+    new_height = int(new_width / ratio)
+    if new_height == 0:
+        raise ValueError(
+            f"aspect ratio {width}:{height} is too extreme: at num_crops={num_crops} the longer side becomes "
+            f"{new_width} pixels and the shorter side none. Crop the picture, pad it, or raise num_crops to "
+            f"{math.ceil(ratio / config.image_size)}"
+        )
+    return new_width, new_height
+
+
+def num_image_tokens(height: int, width: int, config: VisionConfig) -> int:
+    """Prompt positions of a padded picture: (h * w + 1) * m^2 features, 1 between, (h + 1) * m row ends.
+
+    Args:
+        height: pixels after padding, a multiple of ``config.image_size``.
+        width: pixels after padding, a multiple of ``config.image_size``.
+        config: gives the tile side and m, the features along one side of a crop.
+
+    Raises:
+        ValueError: if a side is not a positive multiple of the tile side.
+    """
+    rows, columns = tile_grid(height, width, config)
+    merged = config.merged_grid_size
+    return (rows * columns + 1) * merged**2 + 1 + (rows + 1) * merged
+
+
+def tile_grid(height: int, width: int, config: VisionConfig) -> tuple[int, int]:
+    """(rows, columns) of tiles in a padded picture.
+
+    Raises:
+        ValueError: if a side is not a positive multiple of the tile side.
+    """
+    side = config.image_size
+    if height < side or width < side or height % side or width % side:
+        raise ValueError(
+            f"image size (height, width) must be positive multiples of the tile side {side}, got ({height}, {width}): "
+            "give the size after padding, as ImageTransform returns it"
+        )
+    return height // side, width // side
+
+
+def _whole_tiles(length: int, side: int) -> int:
+    return -(-length // side) * side
