@@ -110,6 +110,8 @@ def get(name: str) -> ModelConfig:
     Raises:
         ValueError: for an unknown name, with the nearest ones and the list of all.
     """
+    if name in PRESETS:
+        return PRESETS[name]
     presets = _all()
     if name in presets:
         return presets[name]
