@@ -137,6 +137,7 @@ def _plan_cached(
     length: int,
 ) -> AttentionPlan:
     window, first = config.sliding_window, cache.uniform_length
+    uniform: int | None
     if valid is None and first is not None:
         uniform, num_slots = first + length, first + length
     elif valid is not None and length > 1:

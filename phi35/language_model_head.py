@@ -20,9 +20,7 @@ IGNORED_LABEL = -100
 class LanguageModelHead(nn.Linear):
     """Linear map to the vocabulary that can return the mean cross-entropy in place of logits."""
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Logits, or the loss.
 
         Args:
@@ -99,6 +97,6 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
         return (*grads, None)

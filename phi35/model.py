@@ -113,13 +113,16 @@ class CausalLM(nn.Module):
         )
         if return_logits is None:
             return_logits = labels is None or not self.training
-        loss = logits = None
+        loss: torch.Tensor | None = None
+        logits: torch.Tensor | None = None
         if return_logits:
             logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
         if labels is not None:
             targets = shift_labels(labels.to(hidden_states.device))
-            whole = logits is not None and not logits_to_keep
-            loss = loss_from_logits(logits, targets) if whole else self.lm_head(hidden_states, targets)
+            if logits is not None and not logits_to_keep:
+                loss = loss_from_logits(logits, targets)
+            else:
+                loss = self.lm_head(hidden_states, targets)
         return CausalLMOutput(
             loss=loss,
             logits=logits,

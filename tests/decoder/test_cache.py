@@ -59,7 +59,7 @@ def test_padded_rows_on_both_sides_of_the_switch(side: str, window: int | None) 
 
 @torch.no_grad()
 def test_true_boundary_in_one_batch() -> None:
-    """4095, 4096, 4097 and 4200 tokens side by side equal each row alone, and so does one more step for the last two."""
+    """4095, 4096, 4097 and 4200 tokens side by side equal each row alone; so does one more step."""
     model = model_of(4096)
     lengths = [4095, 4096, 4097, 4200]
     ids = random_ids(4, 4200)
