@@ -10,12 +10,9 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phi35.chat_template import FAMILY_TEMPLATE, Message, flatten_messages, render
-
-if TYPE_CHECKING:
-    import tokenizers
 
 TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
