@@ -1,0 +1,74 @@
+"""The sparse feed-forward: a router, experts, and nothing that outlives the call.
+
+Follows Phi-3.5-MoE's block (model card and published code, arXiv 2404.14219 and 2409.12136). Departure: the input
+jitter multiplies a copy of the block's input, once; the published block and transformers write into the caller's
+tensor, transformers twice.
+"""
+
+import torch
+from torch import nn
+
+from moe.experts import Experts
+from moe.router import build_router
+from phi35.config import ModelConfig
+from phi35.outputs import RouterOutput
+
+
+class SparseMoE(nn.Module):
+    """Fills the decoder's feed-forward slot: each token goes to k of E experts.
+
+    Parameters: ``router.weight`` (E, D), ``experts.gate_up_proj`` (E, 2F, D), ``experts.down_proj`` (E, D, F); no
+    biases. Can be built on the meta device.
+
+    Args:
+        config: with ``num_local_experts > 0``.
+
+    Raises:
+        ValueError: if the config is dense, or names a router or backend that cannot be had.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if not config.is_sparse:
+            raise ValueError("SparseMoE needs num_local_experts > 0; this config is dense")
+        self.num_experts = config.num_local_experts
+        self.input_jitter_noise = config.input_jitter_noise
+        self.router = build_router(config)
+        self.experts = Experts(
+            config.num_local_experts,
+            config.hidden_size,
+            config.intermediate_size,
+            hidden_act=config.hidden_act,
+            backend=config.experts_backend,
+            initializer_range=config.initializer_range,
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, routing: RouterOutput | None = None
+    ) -> tuple[torch.Tensor, RouterOutput]:
+        """Route every token, run its experts, add their outputs.
+
+        In training both router and experts see the input times uniform noise in
+        [1 - input_jitter_noise, 1 + input_jitter_noise]; the caller's tensor is left alone.
+
+        Args:
+            hidden_states: (B, T, D).
+            routing: what an earlier call on the same tokens returned, to use the same experts again (replay).
+
+        Returns:
+            (B, T, D) in the input's dtype, and the routing of the N = B T tokens.
+
+        Raises:
+            ValueError: if ``routing`` does not fit the tokens.
+        """
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.training and self.input_jitter_noise > 0:
+            noise = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+            tokens = tokens * noise.uniform_(1.0 - self.input_jitter_noise, 1.0 + self.input_jitter_noise)
+        router_output = self.router(tokens, routing)
+        mixed = self.run_experts(tokens, router_output)
+        return mixed.view(hidden_states.shape), router_output
+
+    def run_experts(self, tokens: torch.Tensor, router_output: RouterOutput) -> torch.Tensor:
+        """(N, D) weighted sum of each token's experts; expert parallelism puts its exchange here."""
+        return self.experts(tokens, router_output.expert_indices, router_output.expert_weights)

@@ -1,0 +1,297 @@
+"""Routers: which experts each token uses, and with what weight.
+
+``SparseMixerRouter`` is SparseMixer-v2 as Phi-3.5-MoE uses it (GRIN-MoE, arXiv 2409.12136, section 2); its choice
+and its gradient are not those of a softmax top-2. ``TopKSoftmaxRouter`` is the common softmax router, an explicit
+second choice that changes the model.
+
+Departures from the published code: scores and everything after them are float32 whatever the model's dtype
+(published: the model's dtype, so that bfloat16 scores tie often), and the input jitter lies in the layer, where it
+happens once. Noise is drawn in the published order (exponentials, then uniforms, first choice then second), so that
+one seed gives one routing in float32. The paper leaves an expert's own gradient unscaled by the midpoint factor c;
+the published code scales it, and so does this one.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+from phi35.config import ModelConfig
+from phi35.outputs import RouterOutput
+
+MIDPOINT_LOW = 0.3333
+"""c of a sample that is neither the likeliest expert nor kept by the coin (Heun's third-order rule)."""
+MIDPOINT_SPAN = 0.6667
+"""c of every other sample is MIDPOINT_LOW + MIDPOINT_SPAN."""
+MIDPOINT_THRESHOLD = 0.75
+"""The coin: a uniform number above this keeps c at its upper value."""
+
+
+class SparseMixerRouter(nn.Module):
+    """SparseMixer-v2: two experts per token, each drawn from a thresholded softmax.
+
+    For each of the two choices, with s the scores and m = s (for the second choice: the first at minus infinity):
+    experts with (max m - s_i) / max(|s_i|, max m) > 2 eps are dropped; g is the softmax of m over the others. At
+    inference the choice D is argmax m; in training it is sampled from g (Gumbel-max). The weight is p = g[D], in
+    training times c (1 if D is the likeliest or a coin says so, else 1/3). The two weights are not renormalised.
+
+    The gradient to s for an upstream gradient G of the weight is (G p) (onehot(D) - g): c is not in it.
+
+    Args:
+        hidden_size: D, width of the tokens.
+        num_experts: E.
+        jitter_eps: eps above (``router_jitter_noise`` in the config).
+        initializer_range: standard deviation of the initial weight.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, jitter_eps: float = 0.01, initializer_range: float = 0.02
+    ) -> None:
+        super().__init__()
+        self.jitter_eps = jitter_eps
+        self.initializer_range = initializer_range
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from a normal distribution, as the published initialisation does."""
+        nn.init.normal_(self.weight, std=self.initializer_range)
+
+    def forward(self, hidden_states: torch.Tensor, routing: RouterOutput | None = None) -> RouterOutput:
+        """Route tokens.
+
+        Args:
+            hidden_states: (N, D) tokens, any floating dtype.
+            routing: an earlier result for the same tokens, to be replayed: its experts are used again and its
+                midpoint factors too, while scores and weights are computed anew (with gradient). No noise is drawn.
+
+        Returns:
+            Scores (N, E) float32, experts (N, 2) int64, weights (N, 2) float32 (float64 for float64 tokens).
+
+        Raises:
+            ValueError: if ``routing`` does not fit the tokens.
+        """
+        scores = _router_scores(hidden_states, self.weight)
+        if routing is None:
+            indices, weights = sparsemixer(scores, self.jitter_eps, self.training)
+            return RouterOutput(logits=scores, expert_indices=indices, expert_weights=weights)
+        check_routing(routing, hidden_states.shape[0], self.weight.shape[0], top_k=2)
+        weights = self._replayed_weights(scores, routing)
+        return RouterOutput(logits=scores, expert_indices=routing.expert_indices, expert_weights=weights)
+
+    def _replayed_weights(self, scores: torch.Tensor, routing: RouterOutput) -> torch.Tensor:
+        """(N, 2) weights of given experts under new scores, with the c that the recorded routing had."""
+        with torch.no_grad():
+            recorded = routing.logits.to(scores.dtype)
+            recorded_p = torch.cat(
+                [
+                    gates.gather(1, routing.expert_indices[:, choice : choice + 1])
+                    for choice, gates in enumerate(_replayed_gates(recorded, routing.expert_indices, self.jitter_eps))
+                ],
+                dim=1,
+            )
+            # c takes two values only: the recorded weight tells which one, whatever rounding did to it.
+            kept = routing.expert_weights > (MIDPOINT_LOW + MIDPOINT_SPAN / 2) * recorded_p
+            factor = _midpoint_factor(kept, scores.dtype)
+        columns = []
+        for choice, gates in enumerate(_replayed_gates(scores, routing.expert_indices, self.jitter_eps)):
+            chosen = routing.expert_indices[:, choice : choice + 1]
+            columns.append(_MixerWeight.apply(scores, gates.detach(), chosen, factor[:, choice : choice + 1]))
+        return torch.cat(columns, dim=1)
+
+
+class TopKSoftmaxRouter(nn.Module):
+    """Softmax over all experts, then the k largest (Mixtral's and DeepSpeed's form; deterministic).
+
+    Args:
+        hidden_size: D, width of the tokens.
+        num_experts: E.
+        top_k: experts per token.
+        renormalize: divide each token's weights by their sum, so that they sum to one.
+        initializer_range: standard deviation of the initial weight.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        renormalize: bool = True,
+        initializer_range: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must lie between 1 and num_experts ({num_experts}), got {top_k}")
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.initializer_range = initializer_range
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from a normal distribution."""
+        nn.init.normal_(self.weight, std=self.initializer_range)
+
+    def forward(self, hidden_states: torch.Tensor, routing: RouterOutput | None = None) -> RouterOutput:
+        """Route tokens.
+
+        Args:
+            hidden_states: (N, D) tokens, any floating dtype.
+            routing: an earlier result for the same tokens: its experts are used again, with new weights.
+
+        Returns:
+            Scores (N, E) float32, experts (N, k) int64, weights (N, k) float32 (float64 for float64 tokens).
+
+        Raises:
+            ValueError: if ``routing`` does not fit the tokens.
+        """
+        scores = _router_scores(hidden_states, self.weight)
+        probabilities = scores.softmax(dim=-1)
+        if routing is None:
+            indices = probabilities.topk(self.top_k, dim=-1).indices
+        else:
+            check_routing(routing, hidden_states.shape[0], self.weight.shape[0], self.top_k)
+            indices = routing.expert_indices
+        weights = probabilities.gather(1, indices)
+        if self.renormalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return RouterOutput(logits=scores, expert_indices=indices, expert_weights=weights)
+
+
+def build_router(config: ModelConfig) -> SparseMixerRouter | TopKSoftmaxRouter:
+    """The router that ``config.router_type`` names."""
+    if config.router_type == "sparsemixer":
+        return SparseMixerRouter(
+            config.hidden_size,
+            config.num_local_experts,
+            jitter_eps=config.router_jitter_noise,
+            initializer_range=config.initializer_range,
+        )
+    if config.router_type == "topk":
+        return TopKSoftmaxRouter(
+            config.hidden_size,
+            config.num_local_experts,
+            top_k=config.num_experts_per_tok,
+            initializer_range=config.initializer_range,
+        )
+    raise ValueError(f"router_type must be 'sparsemixer' or 'topk', got {config.router_type!r}")
+
+
+def sparsemixer(scores: torch.Tensor, jitter_eps: float, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """SparseMixer-v2 on scores (the published function of the same name).
+
+    Args:
+        scores: (N, E) float32 or float64.
+        jitter_eps: half the relative distance to the best score beyond which an expert is dropped.
+        training: sample the experts and apply the midpoint factor, instead of taking the best.
+
+    Returns:
+        (N, 2) int64 experts and (N, 2) weights, in the order of choice.
+    """
+    first, first_weight = _choose(scores, scores, jitter_eps, training)
+    without_first = scores.scatter(1, first, float("-inf"))
+    second, second_weight = _choose(scores, without_first, jitter_eps, training, second=True)
+    return torch.cat((first, second), dim=1), torch.cat((first_weight, second_weight), dim=1)
+
+
+def check_routing(routing: RouterOutput, num_tokens: int, num_experts: int, top_k: int) -> None:
+    """Check that a routing to be replayed fits the tokens and experts at hand.
+
+    Raises:
+        ValueError: for a wrong shape or an expert number out of range.
+    """
+    for name, expected in (
+        ("logits", (num_tokens, num_experts)),
+        ("expert_indices", (num_tokens, top_k)),
+        ("expert_weights", (num_tokens, top_k)),
+    ):
+        shape = tuple(getattr(routing, name).shape)
+        if shape != expected:
+            raise ValueError(
+                f"routing.{name} must have shape {expected} for these {num_tokens} tokens, got {shape}; replay a "
+                "routing only on the tokens it was recorded on"
+            )
+    indices = routing.expert_indices
+    if num_tokens and not (0 <= int(indices.min()) and int(indices.max()) < num_experts):
+        raise ValueError(
+            f"routing.expert_indices must lie in [0, {num_experts}), got values from {int(indices.min())} to "
+            f"{int(indices.max())}"
+        )
+
+
+class _MixerWeight(torch.autograd.Function):
+    """p c forward; (G p) (onehot(D) - g) to the scores backward."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, scores: torch.Tensor, gates: torch.Tensor, chosen: torch.Tensor, factor: torch.Tensor
+    ) -> torch.Tensor:
+        weight = gates.gather(1, chosen)
+        ctx.save_for_backward(gates, chosen, weight)
+        return weight * factor
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        gates, chosen, weight = ctx.saved_tensors
+        direction = torch.zeros_like(gates).scatter_(1, chosen, 1.0) - gates
+        return grad_outputs[0] * weight * direction, None, None, None
+
+
+def _choose(
+    scores: torch.Tensor, candidates: torch.Tensor, jitter_eps: float, training: bool, second: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One of the two choices: (N, 1) expert and its (N, 1) weight."""
+    kept_scores = _drop_far(scores, candidates, jitter_eps)
+    gates = kept_scores.softmax(dim=-1)
+    if not training:
+        chosen = candidates.argmax(dim=-1, keepdim=True)
+        # The softmax's own derivative p (onehot(D) - g) is the router's gradient here, c being 1.
+        return chosen, gates.gather(1, chosen)
+    with torch.no_grad():
+        gates = gates.detach()
+        exponential = torch.empty_like(kept_scores, memory_format=torch.contiguous_format).exponential_()
+        chosen = (kept_scores - exponential.log()).argmax(dim=-1, keepdim=True)
+        coin = torch.rand_like(gates[:, :1])
+        if second:
+            # The published code draws the second choice's coin twice and uses the later draw: one seed gives the
+            # same routing in the layers that follow only if the generator moves as far.
+            coin.uniform_()
+        kept = (chosen == gates.argmax(dim=-1, keepdim=True)) | (coin > MIDPOINT_THRESHOLD)
+        factor = _midpoint_factor(kept, scores.dtype)
+    return chosen, _MixerWeight.apply(scores, gates, chosen, factor)
+
+
+def _replayed_gates(
+    scores: torch.Tensor, expert_indices: torch.Tensor, jitter_eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, E) gates of both choices for given experts; an expert that is replayed is never dropped."""
+    first, second = expert_indices[:, :1], expert_indices[:, 1:]
+    without_first = scores.scatter(1, first, float("-inf"))
+    first_gates = _drop_far(scores, scores, jitter_eps, keep=first).softmax(dim=-1)
+    second_gates = _drop_far(scores, without_first, jitter_eps, keep=second).softmax(dim=-1)
+    return first_gates, second_gates
+
+
+def _drop_far(
+    scores: torch.Tensor, candidates: torch.Tensor, jitter_eps: float, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Candidates with those far below the best at minus infinity; the distance uses the original scores."""
+    with torch.no_grad():
+        best = candidates.amax(dim=-1, keepdim=True)
+        far = (best - scores) / scores.abs().clamp(min=best) > 2 * jitter_eps
+        if keep is not None:
+            far = far.scatter(1, keep, False)
+    return candidates.masked_fill(far, float("-inf"))
+
+
+def _midpoint_factor(kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (MIDPOINT_LOW + MIDPOINT_SPAN * kept.to(torch.float32)).to(dtype)
+
+
+def _router_scores(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(N, E) scores in float32, or float64 where the tokens are."""
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return F.linear(hidden_states.to(dtype), weight.to(dtype))
