@@ -1,0 +1,84 @@
+"""The CLIP vision tower, on timm's VisionTransformer.
+
+For the published sizes this is timm's ``vit_large_patch14_clip_quickgelu_336``: class token, LayerNorm before the
+blocks, QuickGELU, eps 1e-5 (arXiv 2103.00020). The language model reads the hidden state of the last but one
+block, so the last block and the final norm never run: they are kept as frozen parameters, that a checkpoint
+round-trips, and left out of ``used`` counts.
+"""
+
+from functools import partial
+
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from phi35.config import VisionConfig
+
+
+class ClipVisionTower(VisionTransformer):
+    """Crops to patch features.
+
+    Parameter names are timm's (``patch_embed.proj``, ``cls_token``, ``pos_embed``, ``norm_pre``, ``blocks.N``,
+    ``norm``); there are no buffers, so that a tower made on the meta device needs its parameters alone.
+
+    Args:
+        config: sizes of the tower.
+
+    Attributes:
+        unused_parameter_names: parameters that the features do not depend on.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            # timm truncates width * ratio; half a unit more keeps the rounding of the quotient from costing one
+            mlp_ratio=(config.intermediate_size + 0.5) / config.hidden_size,
+            num_classes=0,
+            pre_norm=True,
+            norm_layer=partial(LayerNorm, eps=config.layer_norm_eps),
+            act_layer="quick_gelu",
+        )
+        self._last_used_block = config.num_hidden_layers - 2
+        unused = (f"blocks.{config.num_hidden_layers - 1}.", "norm.")
+        self.unused_parameter_names = tuple(name for name, _ in self.named_parameters() if name.startswith(unused))
+        for name in self.unused_parameter_names:
+            self.get_parameter(name).requires_grad_(False)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether each block is recomputed in the backward pass."""
+        return self.grad_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.set_grad_checkpointing(enabled)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]  # patches, not a class token
+        """Features of the last but one block, without the class token.
+
+        Args:
+            pixel_values: (C, 3, S, S) normalised crops, in any floating dtype (cast to the tower's).
+
+        Returns:
+            (C, n^2, width) in the tower's dtype, n patches along a side, row by row.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        side = self.patch_embed.img_size
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, *side):
+            raise ValueError(f"expected pixel_values (C, 3, {side[0]}, {side[1]}), got {tuple(pixel_values.shape)}")
+        weight = self.patch_embed.proj.weight
+        intermediates = self.forward_intermediates(
+            pixel_values.to(device=weight.device, dtype=weight.dtype),
+            indices=[self._last_used_block],
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        assert isinstance(intermediates, list)
+        return intermediates[0]
