@@ -199,7 +199,7 @@ class PairQuestions:
 
     def _picture(self, rng: random.Random, fits: Callable[[str, str], bool], exclude: int | None = None) -> int:
         """A picture of a uniformly drawn (colour, shape) that fits."""
-        groups = [key for key in self.groups if fits(*key) and set(self.groups[key]) - {exclude}]
+        groups = [key for key, group in self.groups.items() if fits(*key) and (len(group) > 1 or group[0] != exclude)]
         group = self.groups[rng.choice(groups)]
         while True:
             image_id = rng.choice(group)
