@@ -1,1 +1,1 @@
-"""Text generation: decoding loop, sampling, stopping, streaming."""
+"""Decoding: the loop, sampling, stopping and streaming."""

@@ -1,0 +1,352 @@
+"""The decoding loop over a KV cache, for batches of prompts with and without images.
+
+A batch gives each row what it gives alone: rows are compact in the cache, each row has its own generator, and
+finished rows leave the batch. LongRoPE (facts of arXiv 2402.13753 as published: long factors from token number
+original + 1 on) has two modes:
+
+- "reference": a row is computed under the short factors until the step that feeds token number
+  ``original_max_position_embeddings + 1``; there its cache is dropped and its whole ids run again under the long
+  ones. Every step equals the uncached forward pass of the row.
+- "pinned": the factors are chosen once, by prompt length + max_new_tokens.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from phi35.cache import KVCache
+from phi35.generation.sampling import SamplingOptions, next_tokens, row_generators, seed_problems
+from phi35.generation.stopping import stop_problems
+from phi35.generation.streaming import TextStream
+from phi35.tokenizer import Tokenizer
+
+ROPE_MODES = ("reference", "pinned")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingOptions(SamplingOptions):
+    """Everything about a generation but its inputs.
+
+    Attributes:
+        max_new_tokens: most tokens added to a row; a row also ends at ``max_position_embeddings``.
+        stop_token_ids: ids that end a row; None takes the config's.
+        stop: strings that end a row (they need ``tokenizer``); the ids keep the tokens that spelled them.
+        seed: one number for all rows, one for each, or None for fresh ones.
+        rope_mode: "reference" or "pinned".
+        prefill_chunk_size: tokens of the prompts that run at once, which bounds the memory of long prompts.
+        preallocate: allocate the cache for prompt + max_new_tokens at once instead of letting it grow.
+    """
+
+    max_new_tokens: int = 256
+    stop_token_ids: tuple[int, ...] | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | Sequence[int] | None = None
+    rope_mode: str = "reference"
+    prefill_chunk_size: int = 2048
+    preallocate: bool = False
+
+    def all_problems(self, num_rows: int, vocab_size: int) -> list[str]:
+        """What is wrong with the values, one message each."""
+        problems = list(self.problems())
+        for name in ("max_new_tokens", "prefill_chunk_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                problems.append(f"{name} must be a positive whole number, got {value!r}")
+        if self.rope_mode not in ROPE_MODES:
+            problems.append(f"rope_mode must be one of {ROPE_MODES}, got {self.rope_mode!r}")
+        outside = [token for token in self.stop_token_ids or () if not 0 <= token < vocab_size]
+        if outside:
+            problems.append(f"stop_token_ids {outside} lie outside the vocabulary of {vocab_size}")
+        return problems + stop_problems(self.stop) + list(seed_problems(self.seed, num_rows))
+
+
+def generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    pixel_values: torch.Tensor | None = None,
+    image_sizes: torch.Tensor | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Continue prompts.
+
+    Args:
+        model: a ``phi35.model.CausalLM``.
+        input_ids: (B, T) int64, padding on either side; -i stands for features of the row's image i.
+        attention_mask: (B, T), nonzero for real tokens; None for no padding.
+        pixel_values: (C, 3, S, S) crops of all images.
+        image_sizes: (N, 2) heights and widths after padding.
+        tokenizer: needed by stop strings alone.
+        on_token: called with (row, token id) for every new token, stop tokens included.
+        **options: fields of ``DecodingOptions``.
+
+    Returns:
+        (B, T + new) int64 on the model's device: the inputs as they came, then each row's new tokens (a stop token
+        among them) and the pad id after a row has ended.
+
+    Raises:
+        ValueError: for bad arguments, all of them at once, before anything is computed.
+    """
+    decoding = Decoding(model, input_ids, attention_mask, pixel_values, image_sizes, tokenizer=tokenizer, **options)
+    while not decoding.done:
+        for row, token_id in decoding.step():
+            if on_token is not None:
+                on_token(row, token_id)
+    return decoding.output()
+
+
+@dataclasses.dataclass
+class Row:
+    """One prompt and its continuation.
+
+    Attributes:
+        index: place in the batch.
+        ids: prompt and new tokens, without padding.
+        prompt_length: how many of them are the prompt's.
+        embeds: (prompt_length, D) embeddings of a prompt with image features in place; None for text.
+        generator: of this row's draws.
+        text: finds stop strings; None where there are none.
+        rope_long: whether the cached keys stand under the long factors.
+    """
+
+    index: int
+    ids: list[int]
+    prompt_length: int
+    embeds: torch.Tensor | None
+    generator: torch.Generator
+    text: TextStream | None
+    rope_long: bool = False
+
+
+class Decoding:
+    """A generation in progress, one token for every unfinished row at each ``step``.
+
+    Arguments are those of ``generate``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        **options: Any,
+    ) -> None:
+        self.model, self.config = model, model.config
+        self.options = _options(options)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self._check(input_ids, mask, pixel_values, tokenizer)
+        self.options.warn_without_effect()
+        stop_ids = self.options.stop_token_ids
+        self._stop_ids = frozenset(self.config.stop_token_ids if stop_ids is None else stop_ids)
+        self._input_ids = input_ids.to(model.device)
+        keep = mask.to(model.device).bool()
+        embeds = self._embeds(pixel_values, image_sizes)
+        generators = row_generators(self.options.seed, len(input_ids))
+        self.rows = []
+        for index, generator in enumerate(generators):
+            ids = self._input_ids[index][keep[index]].tolist()
+            text = TextStream(tokenizer, self.options.stop) if tokenizer is not None and self.options.stop else None
+            row_embeds = None if embeds is None else embeds[index][keep[index]]
+            self.rows.append(Row(index, ids, len(ids), row_embeds, generator, text))
+        self._active = list(self.rows)
+        self._cache: KVCache | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether every row has ended."""
+        return not self._active
+
+    def new_ids(self, row: int) -> list[int]:
+        """The tokens added to a row so far."""
+        return self.rows[row].ids[self.rows[row].prompt_length :]
+
+    def output(self) -> torch.Tensor:
+        """(B, T + new) int64: the inputs, the new tokens and padding."""
+        new = [self.new_ids(row.index) for row in self.rows]
+        longest = max(map(len, new))
+        pad_id = self.config.pad_token_id
+        added = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids in new], device=self._input_ids.device)
+        return torch.cat((self._input_ids, added.long()), dim=1)
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[int, int]]:
+        """Add one token to every unfinished row: (row, token id) pairs."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            logits = self._logits()
+        finally:
+            self.model.train(training)
+        seen = [self._seen(row) for row in self._active]
+        tokens = next_tokens(logits, self.options, seen, [row.generator for row in self._active])
+        new = []
+        for row, token_id in zip(self._active, tokens, strict=True):
+            row.ids.append(token_id)
+            new.append((row.index, token_id))
+        self._drop_finished()
+        return new
+
+    def _logits(self) -> torch.Tensor:
+        """(n, V) logits after the last token of every unfinished row."""
+        if self._cache is None:
+            self._cache, logits = self._prefill(self._active)
+            return logits
+        crossing = [place for place, row in enumerate(self._active) if self._crosses(row)]
+        if not crossing:
+            return self._feed(self._active, self._cache)
+        # The rows beside a crossing one take their step in a cache of their own, then all come together again.
+        logits = torch.empty(len(self._active), self.config.vocab_size, device=self.model.device)
+        staying = [place for place in range(len(self._active)) if place not in crossing]
+        if staying:
+            places = torch.tensor(staying, device=self.model.device)
+            part = self._cache.select_rows(places)
+            logits[places] = self._feed([self._active[place] for place in staying], part).float()
+            self._cache.write_rows(places, part)
+        places = torch.tensor(crossing, device=self.model.device)
+        self._cache.reset_rows(places)
+        part, part_logits = self._prefill([self._active[place] for place in crossing])
+        self._cache.write_rows(places, part)
+        logits[places] = part_logits.float()
+        return logits
+
+    def _feed(self, rows: list[Row], cache: KVCache) -> torch.Tensor:
+        last = torch.tensor([[row.ids[-1]] for row in rows], device=self.model.device)
+        return self.model(input_ids=last, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+
+    def _prefill(self, rows: list[Row]) -> tuple[KVCache, torch.Tensor]:
+        """Run the whole ids of some rows, chunk by chunk: their cache and the last logits (n, V)."""
+        device, longest = self.model.device, max(len(row.ids) for row in rows)
+        lengths = [self._rope_length(row) for row in rows]
+        limit = max(row.prompt_length for row in self.rows) + self.options.max_new_tokens
+        cache = self.model.new_cache(len(rows), limit if self.options.preallocate else None)
+        mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows], device=device)
+        inputs = self._inputs(rows, longest)
+        logits = None
+        for start in range(0, longest, self.options.prefill_chunk_size):
+            part = slice(start, start + self.options.prefill_chunk_size)
+            logits = self.model(
+                **{name: value[:, part] for name, value in inputs.items()},
+                attention_mask=mask[:, part],
+                past_key_values=cache,
+                rope_lengths=torch.tensor(lengths, device=device),
+                logits_to_keep=1,
+            ).logits[:, -1]
+        assert logits is not None
+        for row, length in zip(rows, lengths, strict=True):
+            row.rope_long = length > self.config.original_max_position_embeddings
+        return cache, logits
+
+    def _inputs(self, rows: list[Row], longest: int) -> dict[str, torch.Tensor]:
+        """Left-padded ids, or embeddings where a row has images."""
+        device = self.model.device
+        ids = torch.tensor([[0] * (longest - len(row.ids)) + row.ids for row in rows], device=device)
+        if all(row.embeds is None for row in rows):
+            return {"input_ids": ids}
+        embeds = self.model.model.embed_tokens(ids.clamp(min=0))
+        for place, row in enumerate(rows):
+            if row.embeds is not None:
+                start = longest - len(row.ids)
+                embeds[place, start : start + row.prompt_length] = row.embeds
+        return {"inputs_embeds": embeds}
+
+    @torch.no_grad()
+    def _embeds(self, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None) -> torch.Tensor | None:
+        """(B, T, D) embeddings with image features, computed once: they serve every chunk and every rerun."""
+        if pixel_values is None or len(pixel_values) == 0:
+            return None
+        embeds = self.model.model.embed_tokens(self._input_ids.clamp(min=0))
+        training = self.model.training
+        self.model.eval()
+        try:
+            pixels = pixel_values.to(embeds.device, embeds.dtype)
+            return self.model.model.vision_embed_tokens(self._input_ids, embeds, pixels, image_sizes)
+        finally:
+            self.model.train(training)
+
+    def _rope_length(self, row: Row) -> int:
+        if self.options.rope_mode == "reference":
+            return len(row.ids)
+        return min(row.prompt_length + self.options.max_new_tokens, self.config.max_position_embeddings)
+
+    def _crosses(self, row: Row) -> bool:
+        """Whether the row's last token is the first that belongs under the long factors."""
+        switches = self.config.rope_scaling is not None
+        return switches and not row.rope_long and len(row.ids) > self.config.original_max_position_embeddings
+
+    def _seen(self, row: Row) -> list[int]:
+        """Ids the repetition penalty counts: text, not images."""
+        vision = self.config.vision
+        return row.ids if vision is None else [token for token in row.ids if token != vision.image_token_id]
+
+    def _drop_finished(self) -> None:
+        """Take ended rows out of the batch: a row ends once, so the copies cost less than steps on dead rows."""
+        staying = [place for place, row in enumerate(self._active) if not self._ended(row)]
+        if len(staying) == len(self._active):
+            return
+        self._active = [self._active[place] for place in staying]
+        assert self._cache is not None
+        if staying:
+            self._cache = self._cache.select_rows(torch.tensor(staying, device=self.model.device))
+        else:
+            self._cache = None
+
+    def _ended(self, row: Row) -> bool:
+        if row.text is not None:
+            row.text.feed(row.ids[-1])
+        return (
+            row.ids[-1] in self._stop_ids
+            or len(row.ids) - row.prompt_length >= self.options.max_new_tokens
+            or len(row.ids) >= self.config.max_position_embeddings
+            or (row.text is not None and row.text.stopped)
+        )
+
+    def _check(
+        self,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
+            raise ValueError(f"input_ids must be (B, T) whole numbers, at least one each, got {tuple(input_ids.shape)}")
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, got {tuple(mask.shape)}")
+        problems = self.options.all_problems(len(input_ids), self.config.vocab_size)
+        if self.options.stop and tokenizer is None:
+            problems.append("stop strings need tokenizer=, to know the text of tokens")
+        lengths = mask.bool().sum(dim=1).tolist()
+        limit = self.config.max_position_embeddings
+        for index, length in enumerate(lengths):
+            if length == 0:
+                problems.append(f"prompt {index} is empty: give at least one token")
+            elif length >= limit:
+                problems.append(f"prompt {index} has {length} tokens; with one more it passes the model's {limit}")
+        real = input_ids[mask.bool()]
+        if real.numel() and int(real.max()) >= self.config.vocab_size:
+            problems.append(f"input_ids hold {int(real.max())}, outside the vocabulary of {self.config.vocab_size}")
+        if self.config.vision is None and (pixel_values is not None or (real < 0).any()):
+            problems.append("the model reads text only and images were given")
+        if problems:
+            raise ValueError("cannot generate: " + "; ".join(problems))
+
+
+def _options(given: dict[str, Any]) -> DecodingOptions:
+    known = inspect.signature(DecodingOptions).parameters
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"unknown options {unknown}; known are {sorted(known)}")
+    stop = given.get("stop")
+    given = {**given, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ())}
+    if given.get("stop_token_ids") is not None:
+        given["stop_token_ids"] = tuple(given["stop_token_ids"])
+    return DecodingOptions(**given)
