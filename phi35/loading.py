@@ -1,13 +1,159 @@
 """Models from presets, folders and hub ids, and back to folders."""
 
-from typing import Any
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from phi35 import presets
+from phi35.checkpoint.reader import fill, match_headers, read_headers, stored_dtype
+from phi35.checkpoint.rules import CheckpointPlan, state_shapes, to_disk
+from phi35.checkpoint.writer import parse_size, write_json, write_weights
 from phi35.config import ModelConfig
+from phi35.config_io import from_hf_dict, to_generation_dict, to_hf_dict
 from phi35.device import pick_device, pick_dtype
 from phi35.model import CausalLM
+
+if TYPE_CHECKING:
+    from phi35.processor import Processor
+
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""What is fetched of a hub repository: never code, never pickled weights."""
+
+
+def load(
+    folder_or_hub_id: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> tuple[CausalLM, "Processor | None"]:
+    """A model and its processor from a folder in Hugging Face form.
+
+    Args:
+        folder_or_hub_id: a local folder, or an id such as "microsoft/Phi-3.5-mini-instruct".
+        device: where the weights go; by default a GPU if there is one.
+        dtype: of the weights; by default bfloat16 on a GPU and float32 on a CPU; "auto" keeps what is stored.
+
+    Returns:
+        The model in evaluation mode, and the processor; None in its place, with a warning, where the folder has
+        no tokenizer.
+
+    Raises:
+        ValueError: for a folder or checkpoint that cannot be used; everything wrong with its tensors at once.
+        OSError: if the hub cannot be reached.
+    """
+    picked_device = pick_device(device)
+    if dtype != "auto":
+        dtype = pick_dtype(dtype, picked_device)
+    folder = find_folder(folder_or_hub_id)
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    stored = read_headers(folder)
+    match = match_headers(CheckpointPlan(config, state_shapes(config, model.state_dict())), stored, folder)
+    model = _allocate(
+        model, picked_device, stored_dtype(stored) if dtype == "auto" else pick_dtype(dtype, picked_device)
+    )
+    if picked_device.type != "meta":
+        fill(model, match, stored)
+    return model, load_processor(folder, config)
+
+
+def save(
+    model: CausalLM,
+    processor: "Processor | None",
+    folder: str | Path,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a model in Hugging Face form, as transformers, vLLM and llama.cpp read it.
+
+    Args:
+        model: the model, on any device.
+        processor: its tokenizer, template and image settings; None leaves them out.
+        folder: where to; made if absent, its weights of an earlier save are replaced.
+        max_shard_size: bytes per weight file.
+
+    Raises:
+        ValueError: if the path is a file, the size is none, or the model's tensors do not fit its config (such as
+            under expert parallelism or ZeRO-3, where a process holds parts of them alone).
+    """
+    target = Path(folder).expanduser()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"cannot save into {target}: it is a file, expected a folder or a new name")
+    parse_size(max_shard_size)
+    meta = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if meta:
+        raise ValueError(f"the model's weights are on the meta device ({meta[0]}, …): there is nothing to save")
+    tensors = to_disk(model.config, model.state_dict())
+    write_weights(target, tensors, max_shard_size)
+    write_json(target / "config.json", to_hf_dict(model.config, model.dtype))
+    write_json(target / "generation_config.json", to_generation_dict(model.config))
+    if processor is not None:
+        processor.save(target)
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The config of a checkpoint folder, from its ``config.json`` and the files beside it.
+
+    Raises:
+        ValueError: if there is none, it is no JSON object, or describes no model of this family.
+    """
+    data = _read_json(folder / "config.json")
+    if data is None:
+        raise ValueError(
+            f"{folder} has no config.json: expected a folder in Hugging Face form; it holds "
+            f"{sorted(path.name for path in folder.iterdir())[:20]}"
+        )
+    return from_hf_dict(
+        data, _read_json(folder / "generation_config.json"), _read_json(folder / "preprocessor_config.json")
+    )
+
+
+def load_processor(folder: Path, config: ModelConfig) -> "Processor | None":
+    """The processor of a checkpoint folder; None, with a warning, where it has no ``tokenizer.json``."""
+    from phi35.processor import Processor
+
+    if not (folder / "tokenizer.json").exists():
+        warnings.warn(f"{folder} has no tokenizer.json: the model comes without a processor", stacklevel=3)
+        return None
+    return Processor.from_folder(folder, config)
+
+
+def find_folder(folder_or_hub_id: str | Path) -> Path:
+    """The local folder itself, or the local copy of a hub repository, fetched where needed.
+
+    Raises:
+        ValueError: if it is neither a folder nor a hub id, or the hub has no such repository.
+        OSError: if the hub cannot be reached.
+    """
+    path = Path(folder_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    name = str(folder_or_hub_id)
+    if path.exists():
+        raise ValueError(f"{name} is a file: give the folder that holds config.json and the weights")
+    if name in presets.names():
+        raise ValueError(
+            f"{name!r} is a preset, a config without weights: phi35.create({name!r}) makes one with random weights; "
+            "to load trained ones give a folder, or a hub id such as 'microsoft/Phi-3.5-mini-instruct'"
+        )
+    if isinstance(folder_or_hub_id, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise ValueError(f"folder {name!r} does not exist, and it is not a hub id (owner/name) either")
+    return _fetch(name)
 
 
 def create(
@@ -55,8 +201,43 @@ def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     Built on the meta device first, so that no weight is drawn or cast on the way.
     """
     with torch.device("meta"):
-        model = CausalLM(config).to(dtype)
+        model = CausalLM(config)
+    return _allocate(model, device, dtype)
+
+
+def _allocate(model: CausalLM, device: torch.device, dtype: torch.dtype) -> CausalLM:
+    """Give a model on the meta device memory, unset, and evaluation mode."""
+    model.to(dtype)
     if device.type != "meta":
         model.to_empty(device=device)
     model.tie_weights()
     return model.eval()
+
+
+def _fetch(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (RepositoryNotFoundError, GatedRepoError) as error:
+        raise ValueError(
+            f"no folder {name!r} here, and the hub gives no repository of that name (absent, private or gated): {error}"
+        ) from error
+    except Exception as error:  # the hub's client lets its HTTP library's own errors through
+        raise OSError(
+            f"no folder {name!r} here, and the hub could not be reached ({type(error).__name__}: {error}); without a "
+            "network, copy the checkpoint folder to this machine and give its path"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}")
+    return data
