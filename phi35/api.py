@@ -1,0 +1,225 @@
+"""``phi35.generate``: prompts, chats and pictures in, text out.
+
+A prompt is wrapped as a user turn by the model's own chat template, unless it spells role tags such as ``<|user|>``
+itself: then it goes in as it stands. Pictures without tags come first in the (first) user turn, in order.
+"""
+
+import difflib
+import inspect
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi35.chat_template import Message, flatten_messages, image_tag
+from phi35.device import pick_device, pick_dtype
+from phi35.generation.decoding import Decoding
+from phi35.generation.streaming import TextStream, text_of
+from phi35.processor import IMAGE_TAG, Processor
+
+ROLE_TAGS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+MODEL_VARIABLE = "PHI35_MODEL"
+SMALL_MODEL = Path(__file__).parent / "small_model"
+
+
+def generate(
+    prompt: str | Sequence[str] | None = None,
+    images: Sequence[Any] | None = None,
+    *,
+    messages: Sequence[Message] | None = None,
+    model: Any = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] | None = None,
+    seed: int | Sequence[int] | None = None,
+    stream: bool = False,
+    num_crops: Any = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    rope_mode: str = "reference",
+    **unknown: Any,
+) -> str | list[str] | Iterator[str]:
+    """Answer a prompt, a list of prompts, or a chat.
+
+    Args:
+        prompt: a text, or a list of texts (then a list comes back). Image tags ``<|image_N|>`` are optional. A text
+            with role tags of its own (``<|user|>``, ...) is not wrapped in a chat.
+        images: paths, PIL images, HWC uint8 arrays or bytes; for a list of prompts a list of such lists.
+        messages: a chat instead of a prompt: ``[{"role": "user", "content": "..."}, ...]``; contents may be lists of
+            text and image parts.
+        model: folder or hub id, a (model, processor) pair, or a model that ``phi35.load`` returned; None takes the
+            environment variable PHI35_MODEL, read at each call, else the small model inside the package. Models
+            named by folder or id stay in memory, the latest two.
+        system: text of a system turn put first.
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 for the most likely tokens (greedy), else sampling.
+        top_k: sample from the k most likely tokens.
+        top_p: sample from the smallest set that holds this probability.
+        min_p: leave out tokens less likely than this fraction of the most likely.
+        repetition_penalty: above 1 makes tokens that occurred less likely.
+        stop: string or strings that end an answer and are cut off.
+        seed: the same seed gives the same text; a list gives each prompt its own.
+        stream: return an iterator of pieces of the answer (for one prompt).
+        num_crops: limit of tiles for the images, or one per image in their nesting.
+        device: where a model named by folder or id is loaded: by default CUDA where there is one, else the CPU.
+        dtype: of its weights: by default bfloat16 on CUDA and float32 on the CPU.
+        rope_mode: "reference" or "pinned", see ``phi35.generation.decoding``.
+        **unknown: refused, with the nearest known names.
+
+    Returns:
+        str, list of str for a list of prompts, or an iterator of str with ``stream=True``.
+
+    Raises:
+        ValueError: for unknown keywords and bad arguments, naming them.
+    """
+    _refuse(unknown)
+    if (prompt is None) == (messages is None):
+        raise ValueError("give exactly one of prompt= and messages=")
+    single = messages is not None or isinstance(prompt, str)
+    if stream and not single:
+        raise ValueError("stream=True takes one prompt: a list of prompts gives a list of finished texts")
+    loaded, processor = resolve_model(model, device, dtype)
+    texts: str | list[str]
+    if messages is not None:
+        texts, images = _chat_text(processor, messages, images, system)
+    else:
+        assert prompt is not None
+        texts = _prompt_texts(processor, prompt, images, system)
+    batch = processor(texts, images=images, num_crops=num_crops)
+    stops = (stop,) if isinstance(stop, str) else () if stop is None else tuple(stop)
+    decoding = Decoding(
+        loaded,
+        **batch,
+        tokenizer=processor.tokenizer,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stops,
+        seed=seed,
+        rope_mode=rope_mode,
+    )
+    if stream:
+        return _pieces(decoding, processor, stops)
+    while not decoding.done:
+        decoding.step()
+    rows = [decoding.new_ids(row) for row in range(len(decoding.rows))]
+    answers = [text_of(processor.tokenizer, ids, stops) for ids in rows]
+    return answers[0] if single else answers
+
+
+def resolve_model(
+    model: Any = None, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> tuple[Any, Processor]:
+    """The model and processor that ``model=`` means (see ``generate``).
+
+    Raises:
+        ValueError: if it names nothing that can be loaded, or device or dtype are given with a loaded model.
+    """
+    if model is None:
+        model = os.environ.get(MODEL_VARIABLE) or SMALL_MODEL
+    if isinstance(model, str | os.PathLike):
+        picked = pick_device(device)
+        return _loaded(os.fspath(model), picked, pick_dtype(dtype, picked))
+    if device is not None or dtype is not None:
+        raise ValueError("device= and dtype= choose how a folder is loaded; a loaded model has its own: use model.to")
+    pair = model if isinstance(model, tuple) else (model, getattr(model, "processor", None))
+    if len(pair) != 2 or not isinstance(pair[1], Processor):
+        raise ValueError(
+            "model= must be a folder, a hub id, or (model, processor) as phi35.load returns them, got "
+            f"{type(model).__name__} without a processor"
+        )
+    return pair
+
+
+@lru_cache(maxsize=2)
+def _loaded(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Processor]:
+    """Models by name, device and dtype: the two used last stay in memory."""
+    from phi35.loading import load
+
+    model, processor = load(name, device=device, dtype=dtype)
+    if processor is None:
+        raise ValueError(f"{name} has no tokenizer, so that it cannot answer text: add its tokenizer.json")
+    return model, processor
+
+
+def _refuse(unknown: Mapping[str, Any]) -> None:
+    if not unknown:
+        return
+    known = [name for name in inspect.signature(generate).parameters if name != "unknown"]
+    hints = []
+    for name in sorted(unknown):
+        near = difflib.get_close_matches(name, known, n=2)
+        hints.append(f"{name!r}" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
+    raise ValueError(f"unknown keyword {', '.join(hints)}; known are {', '.join(known)}")
+
+
+def _prompt_texts(
+    processor: Processor, prompt: str | Sequence[str], images: Sequence[Any] | None, system: str | None
+) -> str | list[str]:
+    if isinstance(prompt, str):
+        return _prompt_text(processor, prompt, len(images or ()), system)
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise ValueError(f"prompt must be a str or a non-empty list of str, got {prompt!r}")
+    counts = [0] * len(prompt)
+    if isinstance(images, list | tuple) and len(images) == len(prompt):
+        counts = [len(row) if isinstance(row, list | tuple) else 0 for row in images]
+    return [_prompt_text(processor, text, count, system) for text, count in zip(prompt, counts, strict=True)]
+
+
+def _prompt_text(processor: Processor, prompt: str, num_images: int, system: str | None) -> str:
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"prompt must be a non-empty str, got {prompt!r}")
+    if any(tag in prompt for tag in ROLE_TAGS):
+        if system is not None:
+            raise ValueError("system= has no place in a prompt that spells role tags itself: write the turn there")
+        return prompt
+    return _rendered(processor, [{"role": "user", "content": prompt}], num_images, system)
+
+
+def _chat_text(
+    processor: Processor, messages: Sequence[Message], images: Sequence[Any] | None, system: str | None
+) -> tuple[str, Sequence[Any] | None]:
+    flat, found = flatten_messages(messages)
+    if found and images:
+        raise ValueError("the messages carry pictures and images= came too: give them in one place")
+    images = found or images
+    return _rendered(processor, flat, len(images or ()), system), images
+
+
+def _rendered(processor: Processor, messages: list[dict[str, str]], num_images: int, system: str | None) -> str:
+    """The chat's text, with tags for untagged images at the start of the first user turn."""
+    tagged = any(IMAGE_TAG.search(message["content"]) for message in messages)
+    if num_images and not tagged and processor.config.vision is not None:
+        turn = next((turn for turn in messages if turn["role"] == "user"), None)
+        if turn is None:
+            raise ValueError("images need a user turn to stand in, and the messages have none")
+        block = "".join(image_tag(number) + "\n" for number in range(1, num_images + 1))
+        place = messages.index(turn)
+        messages = [*messages[:place], {**turn, "content": block + turn["content"]}, *messages[place + 1 :]]
+    if system is not None:
+        if messages[0]["role"] == "system":
+            raise ValueError("the messages begin with a system turn and system= came too: give one of them")
+        messages = [{"role": "system", "content": system}, *messages]
+    return processor.apply_chat_template(messages)
+
+
+def _pieces(decoding: Decoding, processor: Processor, stops: Sequence[str]) -> Iterator[str]:
+    """The answer of the only row, piece by piece."""
+    text = TextStream(processor.tokenizer, stops)
+    while not decoding.done:
+        for _, token_id in decoding.step():
+            if piece := text.feed(token_id):
+                yield piece
+    if piece := text.finish():
+        yield piece

@@ -1,0 +1,122 @@
+"""``phi35 chat``: a conversation on standard input, by hand or through a pipe."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+HELP = "/image PATH adds a picture to the next question, /reset starts anew, /exit ends, /help shows this."
+
+
+def chat(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id; default: PHI35_MODEL, else the small one.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="Text of a system turn.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 for greedy, else sampling.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the smallest set with this probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+) -> None:
+    """Talk with a model: a line is a turn; /help lists the commands."""
+    from phi35 import api
+
+    loaded = api.resolve_model(model, device, dtype)
+    conversation = Conversation(
+        loaded, system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(HELP)
+    for line in _lines(interactive):
+        if line == "/exit":
+            break
+        try:
+            for piece in conversation.take(line):
+                print(piece, end="", flush=True)
+        except ValueError as error:
+            # A mistake in one line must not end the conversation.
+            print(f"error: {error}", file=sys.stderr, end="")
+        print(flush=True)
+
+
+class Conversation:
+    """The turns and pictures so far.
+
+    Args:
+        model: (model, processor).
+        system: text of a system turn, or None.
+        **options: of ``phi35.generate``.
+    """
+
+    def __init__(self, model: tuple[Any, Any], system: str | None = None, **options: Any) -> None:
+        self.model, self.system, self.options = model, system, options
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all turns and pictures."""
+        self.messages: list[dict[str, str]] = []
+        self.images: list[str] = []
+        self._num_shown = 0
+
+    def take(self, line: str) -> Iterable[str]:
+        """What a line of input gives back: pieces of an answer, or one notice.
+
+        Raises:
+            ValueError: for an unknown command, a bad picture, or whatever generation refuses; the turn is dropped.
+        """
+        command, _, argument = line.partition(" ")
+        if command == "/help":
+            return [HELP]
+        if command == "/reset":
+            self.reset()
+            return ["(started anew)"]
+        if command == "/image":
+            return [self._add_image(argument.strip())]
+        if command.startswith("/"):
+            raise ValueError(f"unknown command {command!r}. {HELP}")
+        return self._answer(line)
+
+    def _add_image(self, path: str) -> str:
+        from phi35.registry import resolve
+
+        if self.model[1].config.vision is None:
+            raise ValueError("this model reads text only")
+        resolve("vision.decode:open_image")(path)
+        self.images.append(path)
+        return f"(picture {len(self.images)}: {path})"
+
+    def _answer(self, question: str) -> Iterator[str]:
+        from phi35 import api
+        from phi35.chat_template import image_tag
+
+        tags = "".join(image_tag(number + 1) + "\n" for number in range(self._num_shown, len(self.images)))
+        turn = {"role": "user", "content": tags + question}
+        pieces = []
+        stream = api.generate(
+            messages=[*self.messages, turn],
+            images=self.images or None,
+            model=self.model,
+            system=self.system,
+            stream=True,
+            **self.options,
+        )
+        for piece in stream:
+            pieces.append(piece)
+            yield piece
+        self.messages += [turn, {"role": "assistant", "content": "".join(pieces)}]
+        self._num_shown = len(self.images)
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    """Non-empty lines of standard input until its end."""
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
