@@ -1,0 +1,49 @@
+"""The command line of a training run, shared by the scripts and ``phi35 train``."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+DESCRIPTION = """Train a model of the family. Every setting has a default; give others as key=value
+(model_overrides.num_hidden_layers=4 reaches into a dict), or in a YAML file. Works under the deepspeed and torchrun
+launchers and without one."""
+
+
+def run(defaults: dict[str, Any], arguments: Sequence[str] | None = None, description: str = DESCRIPTION) -> int:
+    """Parses arguments, trains, and reports a user's mistakes as one line.
+
+    Args:
+        defaults: fields of ``TrainingConfig`` below what the user gives.
+        arguments: command line; None takes the process's.
+        description: shown by --help.
+
+    Returns:
+        Exit status: 0, or 2 for a mistake in the settings.
+    """
+    from phi35.training import environment
+    from phi35.training.config import read_config
+    from phi35.training.deepspeed_config import config_fields, read_deepspeed_file
+    from phi35.training.run import train
+
+    options = _parser(description).parse_args(arguments)
+    try:
+        ready = read_deepspeed_file(options.deepspeed_config) if options.deepspeed_config else None
+        below = {**defaults, **(config_fields(ready) if ready else {})}
+        config = read_config(options.config, options.overrides, below)
+        train(config, ready, options.device)
+    except ValueError as error:
+        print(f"error: {error}")
+        return 2
+    finally:
+        environment.stop()
+    return 0
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of phi35/training/config.py")
+    parser.add_argument("--config", help="YAML file of settings; key=value wins over it")
+    parser.add_argument("--deepspeed_config", help="ready JSON file (deepspeed_configs/); must not contradict")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is a device")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
+    return parser

@@ -1,0 +1,297 @@
+"""The one description of a training run: a frozen dataclass, read from YAML and ``key=value`` overrides.
+
+It is validated before anything is allocated, with all problems in one message; ``resolve`` replaces what depends
+on the number of processes by numbers, so that the config that is printed and saved holds no open value.
+"""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from phi35.training.schedule import SCHEDULES
+
+DTYPES = ("float32", "bfloat16")
+OFFLOADS = ("none", "optimizer")
+PARTS = ("embeddings", "decoder", "router", "experts", "tower", "projector")
+"""Groups of parameters that can have a learning rate of their own, or be frozen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Everything that defines a training run.
+
+    Attributes:
+        model: preset name (random weights) or folder of a checkpoint in Hugging Face form.
+        model_overrides: fields of the model's config to change.
+        tower: safetensors file with weights of the vision tower, loaded after the model is built; None for none.
+        processor: folder of the tokenizer (and processor) where the model folder has none; None for the small
+            tokenizer in the package.
+        data: folder with text files ("stdlib": the interpreter's own library sources) or with image shards
+            ("easy-vqa": written from the easy-vqa package on first use).
+        data_source: registry string of the function that opens the data; None chooses by the model.
+        data_options: further keyword arguments of that function.
+        num_workers: processes that load data, per rank (image data).
+        sequence_length: tokens of a packed text sample.
+        global_batch_size: samples of one optimizer step over all ranks.
+        micro_batch_size: samples of one forward pass on one rank; None: global_batch_size / ranks.
+        max_steps: optimizer steps of the run.
+        learning_rate: peak rate.
+        learning_rates: peak rates of single parts (``PARTS``) in place of ``learning_rate``.
+        freeze: parts that are not trained.
+        schedule: "cosine", "wsd" or "constant".
+        warmup_steps: steps of the linear rise.
+        decay_steps: steps of the last part of "wsd".
+        min_lr_ratio: floor of the schedule as a part of the peak.
+        weight_decay: of matrices; norms, biases and other vectors are never decayed.
+        decay_embeddings: whether token embeddings and the output head are decayed too.
+        adam_betas: AdamW's betas.
+        adam_epsilon: AdamW's epsilon.
+        gradient_clipping: largest global gradient norm; 0 for no clipping.
+        dtype: "float32", or "bfloat16" with float32 master weights.
+        zero_stage: 0 to 3.
+        offload: "none", or "optimizer": master weights and moments in host memory.
+        ep_size: ranks that share one set of experts; None: the greatest common divisor of ranks and experts
+            (1 for dense models and ZeRO-3).
+        gradient_checkpointing: recompute each layer in the backward pass.
+        router_aux_loss_coef: weight of the load-balance loss; None takes the model config's.
+        router_z_loss_coef: weight of the router's z-loss.
+        seed: of weights, data order, dropout and routing noise.
+        output_dir: folder of everything the run writes.
+        save_interval: steps between checkpoints; 0: only at the end.
+        keep_last: checkpoints kept; 0 keeps all.
+        resume: continue from the newest complete checkpoint of ``output_dir``, if there is one.
+        log_interval: steps between two reads of the losses from the device; metrics hold every step all the same.
+        export: write the final model in Hugging Face form to ``<output_dir>/model``.
+    """
+
+    model: str = "tiny-phi-3.5-mini"
+    model_overrides: dict[str, Any] = field(default_factory=dict)
+    tower: str | None = None
+    processor: str | None = None
+    data: str = "stdlib"
+    data_source: str | None = None
+    data_options: dict[str, Any] = field(default_factory=dict)
+    num_workers: int = 0
+    sequence_length: int = 128
+    global_batch_size: int = 8
+    micro_batch_size: int | None = None
+    max_steps: int = 100
+    learning_rate: float = 3e-3
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
+    schedule: str = "cosine"
+    warmup_steps: int = 10
+    decay_steps: int = 0
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    decay_embeddings: bool = False
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_epsilon: float = 1e-8
+    gradient_clipping: float = 1.0
+    dtype: str = "float32"
+    zero_stage: int = 1
+    offload: str = "none"
+    ep_size: int | None = None
+    gradient_checkpointing: bool = False
+    router_aux_loss_coef: float | None = None
+    router_z_loss_coef: float = 0.0
+    seed: int = 0
+    output_dir: str = "runs/default"
+    save_interval: int = 0
+    keep_last: int = 2
+    resume: bool = True
+    log_interval: int = 1
+    export: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("freeze", "adam_betas"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        problems = [*_type_problems(self)]
+        problems = problems or [*_value_problems(self)]
+        if problems:
+            raise ValueError("invalid training config: " + "; ".join(problems))
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether no field is left open."""
+        return None not in (self.micro_batch_size, self.ep_size, self.router_aux_loss_coef)
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Forward passes of one rank in one optimizer step."""
+        micro_batch_size = self.micro_batch_size or max(1, self.global_batch_size // world_size)
+        return self.global_batch_size // (micro_batch_size * world_size)
+
+    def replace(self, **changes: Any) -> "TrainingConfig":
+        """A copy with some fields changed.
+
+        Raises:
+            ValueError: for unknown fields, all of them named, or an inconsistent result.
+        """
+        _check_known(changes)
+        return dataclasses.replace(self, **changes)
+
+    def resolve(self, *, world_size: int, num_experts: int = 0, router_aux_loss_coef: float = 0.0) -> "TrainingConfig":
+        """The config with every open field filled for ``world_size`` processes.
+
+        Args:
+            world_size: number of processes.
+            num_experts: experts of a sparse layer; 0 for dense models.
+            router_aux_loss_coef: the model config's weight of the balance loss.
+
+        Raises:
+            ValueError: where batch sizes, experts and processes do not divide, all problems at once.
+        """
+        problems = []
+        micro_batch_size, ep_size = self.micro_batch_size, self.ep_size
+        if micro_batch_size is None:
+            micro_batch_size = max(1, self.global_batch_size // world_size)
+        if self.global_batch_size % (micro_batch_size * world_size):
+            problems.append(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size x processes "
+                f"({micro_batch_size} x {world_size})"
+            )
+        if ep_size is None:
+            ep_size = math.gcd(world_size, num_experts) if num_experts and self.zero_stage < 3 else 1
+        if ep_size > 1 and not num_experts:
+            problems.append(f"ep_size={ep_size} needs a model with experts; {self.model!r} is dense")
+        elif ep_size > 1 and (world_size % ep_size or num_experts % ep_size):
+            problems.append(
+                f"ep_size ({ep_size}) must divide both processes ({world_size}) and experts ({num_experts})"
+            )
+        if ep_size > 1 and self.zero_stage == 3:
+            problems.append("expert parallelism runs with zero_stage 0 to 2; set zero_stage=2 or ep_size=1")
+        if num_experts and self.dtype == "bfloat16" and self.zero_stage == 0:
+            problems.append(
+                "sparse models in bfloat16 need zero_stage 1 to 3: at stage 0 weights stay float32 under autocast"
+            )
+        if problems:
+            raise ValueError("training config does not fit this run: " + "; ".join(problems))
+        aux = self.router_aux_loss_coef if self.router_aux_loss_coef is not None else router_aux_loss_coef
+        return dataclasses.replace(
+            self, micro_batch_size=micro_batch_size, ep_size=ep_size, router_aux_loss_coef=aux if num_experts else 0.0
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for YAML and JSON."""
+        plain = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+
+def read_config(
+    path: str | Path | None = None, overrides: list[str] | None = None, defaults: dict[str, Any] | None = None
+) -> TrainingConfig:
+    """A config from defaults, a YAML file and command-line overrides, the later winning.
+
+    Args:
+        path: YAML file with fields of ``TrainingConfig``.
+        overrides: "key=value" strings; values are read as YAML, "model_overrides.num_hidden_layers=2" reaches into
+            a field that is a dict.
+        defaults: values below the file's.
+
+    Raises:
+        ValueError: for unreadable files, unknown keys (all of them named) and invalid values.
+    """
+    import yaml
+
+    values: dict[str, Any] = dict(defaults or {})
+    if path is not None:
+        if not Path(path).is_file():
+            raise ValueError(f"training config {str(path)!r} does not exist; give the path of a YAML file")
+        loaded = yaml.safe_load(Path(path).read_text())
+        if not isinstance(loaded, dict):
+            raise ValueError(f"training config {str(path)!r} must hold 'key: value' lines, got {type(loaded).__name__}")
+        values.update(loaded)
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ValueError(f"expected key=value, got {override!r}")
+        value = yaml.safe_load(text)
+        if isinstance(value, str):
+            value = _number(value)
+        name, dot, inner = key.strip().removeprefix("--").partition(".")
+        if dot:
+            outer = dict(values.get(name) or {})
+            outer[inner] = value
+            value = outer
+        values[name] = value
+    _check_known(values)
+    return TrainingConfig(**values)
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads 1e-3 as text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _check_known(values: dict[str, Any]) -> None:
+    known = {item.name for item in dataclasses.fields(TrainingConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+        hint = f"; did you mean {near}?" if near else ""
+        raise ValueError(f"unknown training config keys {unknown}{hint} Known keys are {sorted(known)}")
+
+
+def _type_problems(config: TrainingConfig) -> Any:
+    hints = get_type_hints(TrainingConfig)
+    for item in dataclasses.fields(config):
+        value, hint = getattr(config, item.name), hints[item.name]
+        accepted = [kind for kind in (get_args(hint) or (hint,)) if isinstance(kind, type)]
+        origin = getattr(hint, "__origin__", None)
+        if origin in (dict, tuple):
+            accepted = [origin]
+        if isinstance(value, int) and not isinstance(value, bool) and float in accepted:
+            object.__setattr__(config, item.name, float(value))
+            continue
+        if not any(isinstance(value, kind) for kind in accepted) or (isinstance(value, bool) and bool not in accepted):
+            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in accepted)
+            yield f"{item.name} must be {names}, got {value!r}"
+
+
+def _value_problems(config: TrainingConfig) -> Any:
+    choices = {"schedule": SCHEDULES, "dtype": DTYPES, "offload": OFFLOADS, "zero_stage": (0, 1, 2, 3)}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            yield f"{name} must be one of {allowed}, got {getattr(config, name)!r}"
+    for name in ("global_batch_size", "micro_batch_size", "max_steps", "sequence_length", "ep_size", "log_interval"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            yield f"{name} must be at least 1, got {value}"
+    at_least_zero = (
+        "num_workers warmup_steps decay_steps weight_decay gradient_clipping adam_epsilon save_interval keep_last"
+    )
+    for name in (*at_least_zero.split(), "router_z_loss_coef"):
+        if getattr(config, name) < 0:
+            yield f"{name} must not be negative, got {getattr(config, name)}"
+    if config.sequence_length < 2:
+        yield "sequence_length must be at least 2: each token predicts the next"
+    if not config.learning_rate > 0:
+        yield f"learning_rate must be positive, got {config.learning_rate}"
+    if not 0 <= config.min_lr_ratio <= 1:
+        yield f"min_lr_ratio must lie in [0, 1], got {config.min_lr_ratio}"
+    if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
+        yield f"adam_betas must be two numbers in [0, 1), got {config.adam_betas}"
+    if config.warmup_steps + config.decay_steps > config.max_steps:
+        yield (
+            f"warmup_steps ({config.warmup_steps}) + decay_steps ({config.decay_steps}) exceed max_steps "
+            f"({config.max_steps})"
+        )
+    if config.schedule == "wsd" and config.decay_steps == 0:
+        yield "schedule 'wsd' needs decay_steps > 0"
+    if config.schedule != "wsd" and config.decay_steps:
+        yield f"decay_steps={config.decay_steps} has no effect with schedule {config.schedule!r}; leave it 0"
+    if config.offload != "none" and config.zero_stage == 0:
+        yield "offload='optimizer' needs zero_stage 1 to 3"
+    for name in ("learning_rates", "freeze"):
+        unknown = sorted(set(getattr(config, name)) - set(PARTS))
+        if unknown:
+            yield f"{name} names unknown parts {unknown}; parts are {PARTS}"
+    if set(config.freeze) >= set(PARTS):
+        yield "freeze leaves nothing to train"

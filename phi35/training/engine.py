@@ -1,0 +1,182 @@
+"""A model under DeepSpeed: sharding of experts, optimizer, ZeRO, and a gradient norm that is exact everywhere."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from phi35.outputs import CausalLMOutput
+from phi35.registry import resolve
+from phi35.training.config import TrainingConfig
+from phi35.training.deepspeed_config import merge, to_deepspeed
+from phi35.training.environment import Environment
+from phi35.training.loss import auxiliary_losses
+from phi35.training.parameter_groups import parameter_groups
+from phi35.training.schedule import learning_rate_factor
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step gives, as tensors still on the device.
+
+    Attributes:
+        loss: this rank's share of the global mean loss per token (the ranks' shares add up to it).
+        auxiliary: this rank's mean of each router loss over its micro-batches, unweighted.
+        gradient_norm: global norm before clipping; a float where DeepSpeed computed it on the host.
+        outputs: the model's outputs, one per micro-batch, without graphs.
+    """
+
+    loss: torch.Tensor
+    auxiliary: dict[str, torch.Tensor]
+    gradient_norm: torch.Tensor | float | None
+    outputs: list[CausalLMOutput]
+
+
+class Engine:
+    """DeepSpeed's engine around a ``CausalLM``, driven one optimizer step at a time.
+
+    Args:
+        model: whole model on this rank, with frozen parameters marked and weights loaded.
+        config: resolved training config.
+        environment: this process's place.
+        deepspeed_file: additions from a ready DeepSpeed JSON file.
+
+    Raises:
+        ValueError: if the DeepSpeed file contradicts the config.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        environment: Environment,
+        deepspeed_file: dict[str, Any] | None = None,
+    ) -> None:
+        import deepspeed
+
+        self.config, self.environment, self.model = config, environment, model
+        self.deepspeed_config = to_deepspeed(config, environment.world_size, environment.device.type)
+        if deepspeed_file:
+            self.deepspeed_config = merge(self.deepspeed_config, deepspeed_file)
+        model.to(environment.device)
+        if config.gradient_checkpointing:
+            _checkpoint_layers(model)
+        groups = parameter_groups(model, config)
+        optimizer = torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_epsilon, fused=True
+        )
+        # A tuple is what DeepSpeed looks into for the tensors whose gradients announce the backward pass.
+        model.register_forward_hook(lambda module, inputs, output: (output.loss, output))
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.deepspeed_config, dist_init_required=False
+        )
+        self.base_optimizer = optimizer
+        if config.zero_stage == 0:
+            self.deepspeed.clip_fp32_gradients = self._clip
+            if environment.world_size == 1:
+                self.deepspeed.enable_backward_allreduce = False  # it would copy every gradient twice
+        model.train()
+
+    def set_learning_rate(self, step: int) -> float:
+        """Applies the schedule to every group; returns the decoder's rate, or the first group's."""
+        config = self.config
+        factor = learning_rate_factor(
+            step,
+            schedule=config.schedule,
+            total_steps=config.max_steps,
+            warmup_steps=config.warmup_steps,
+            decay_steps=config.decay_steps,
+            floor=config.min_lr_ratio,
+        )
+        for group in self.base_optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        return config.learning_rate * factor
+
+    def step(
+        self, batches: list[dict[str, torch.Tensor]], num_tokens: list[int], global_num_tokens: torch.Tensor | int
+    ) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one update.
+
+        A token weighs the same wherever it stands: a micro-batch's mean counts with its part of the global
+        batch's tokens, so that the gradient depends neither on the micro-batch size nor on the number of ranks.
+
+        Args:
+            batches: micro-batches on the device, ``gradient_accumulation_steps`` of them.
+            num_tokens: label tokens that count in each.
+            global_num_tokens: label tokens of the global batch over all ranks, at least 1.
+        """
+        world_size, count = self.environment.world_size, len(batches)
+        config = self.config
+        weights = {"balance": config.router_aux_loss_coef or 0.0, "z": config.router_z_loss_coef}
+        total: torch.Tensor | None = None
+        auxiliary: dict[str, torch.Tensor] = {}
+        outputs = []
+        for batch, tokens in zip(batches, num_tokens, strict=True):
+            _, output = self.deepspeed(**batch)
+            share = output.loss * (tokens / global_num_tokens)
+            # DeepSpeed averages gradients over ranks, so that the ranks' shares need the factor to add up.
+            objective = share * world_size
+            group = distributed.group.WORLD if world_size > 1 else None
+            losses = auxiliary_losses(output, batch.get("attention_mask"), process_group=group, **weights)
+            for name, value in losses.items():
+                objective = objective + value * (weights[name] / count)
+                auxiliary[name] = auxiliary.get(name, 0.0) + value.detach() / count
+            self.deepspeed.backward(objective, scale_wrt_gas=False)
+            self.deepspeed.step()
+            total = share.detach() if total is None else total + share.detach()
+            outputs.append(_detached(output))
+        assert total is not None
+        return StepResult(total, auxiliary, self._gradient_norm(), outputs)
+
+    def _gradient_norm(self) -> torch.Tensor | float | None:
+        return getattr(self.deepspeed, "_global_grad_norm", None)
+
+    def _clip(self) -> None:
+        """Clips at stage 0 by the exact global norm; DeepSpeed's own averages the ranks' norms of the experts."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = global_gradient_norm(parameters)
+        self.deepspeed._global_grad_norm = norm
+        factor = (self.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
+        gradients = [parameter.grad for parameter in parameters]
+        torch._foreach_mul_(gradients, factor)
+
+
+def _checkpoint_layers(model: Any) -> None:
+    model.gradient_checkpointing = True
+    embedding = model.model.vision_embed_tokens
+    if embedding is not None:
+        embedding.img_processor.gradient_checkpointing = True
+
+
+def shard_experts(model: nn.Module, config: TrainingConfig) -> None:
+    """Leaves this rank its part of the experts (``ep_size`` > 1), in place."""
+    if config.ep_size is not None and config.ep_size > 1:
+        resolve("moe.expert_parallel:shard")(model, config.ep_size)
+
+
+def global_gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Norm of all gradients, each expert counted once, where gradients are already averaged.
+
+    Args:
+        parameters: with gradients; expert-parallel ones carry ``allreduce=False`` and ``group_name``.
+    """
+    dense = [parameter.grad for parameter in parameters if getattr(parameter, "allreduce", True)]
+    squares = torch.nn.utils.get_total_norm([grad for grad in dense if grad is not None]).float().square()
+    experts = [parameter for parameter in parameters if not getattr(parameter, "allreduce", True)]
+    for name in sorted({parameter.group_name for parameter in experts}):  # type: ignore[attr-defined]
+        from deepspeed.utils import groups
+
+        mine = [parameter.grad for parameter in experts if parameter.group_name == name]  # type: ignore[attr-defined]
+        local = torch.nn.utils.get_total_norm([grad for grad in mine if grad is not None]).float().square()
+        distributed.all_reduce(local, group=groups._get_expert_parallel_group(name))
+        squares = squares + local
+    return squares.sqrt()
+
+
+def _detached(output: CausalLMOutput) -> CausalLMOutput:
+    """Routing without graphs and without the (B, T, D) states, for the metrics."""
+    routing = tuple(
+        type(one)(one.logits.detach(), one.expert_indices, one.expert_weights.detach()) for one in output.router_outputs
+    )
+    return CausalLMOutput(router_outputs=routing)

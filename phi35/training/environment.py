@@ -1,0 +1,93 @@
+"""Processes: what DeepSpeed expects of the environment, with and without its launcher."""
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """This process's place in the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.world_size > 1:
+            distributed.barrier()
+
+
+def start(device: str | None = None) -> Environment:
+    """Joins the process group, as rank of a launcher or as the only process.
+
+    Nothing is compiled: DeepSpeed's shared-memory collectives for the CPU, which it would build on first use, are
+    declared unavailable, and gloo does their work.
+
+    Args:
+        device: "cpu" or "cuda"; by default CUDA where there is a device.
+
+    Raises:
+        ValueError: if only some of the launcher's variables are set.
+    """
+    present = [name for name in LAUNCHER_VARIABLES if name in os.environ]
+    launched = "RANK" in present or "WORLD_SIZE" in present
+    if launched and len(present) < len(LAUNCHER_VARIABLES) and not distributed.is_initialized():
+        missing = sorted(set(LAUNCHER_VARIABLES) - set(present))
+        raise ValueError(
+            f"the environment sets {present} but lacks {missing}; start with a launcher, or unset them all"
+        )
+    rank, local_rank, world_size = 0, 0, 1
+    if launched:
+        rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    else:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    deepspeed = _import_deepspeed()
+    chosen = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+    if device_type == "cuda":
+        torch.cuda.set_device(chosen)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    deepspeed.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)
+    return Environment(rank=rank, local_rank=local_rank, world_size=world_size, device=chosen)
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _import_deepspeed() -> Any:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if isinstance(deepspeed.utils.logger, logging.Logger):
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,69 @@
+"""From a training checkpoint to a folder in Hugging Face form, on the CPU, without DeepSpeed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi35.loading import empty_model, save
+from phi35.processor import Processor
+from phi35.training.checkpoint import load_parameters, model_config_from_dict
+from phi35.training.checkpoint_files import CheckpointReader, complete_checkpoints
+
+
+def export(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    processor: Any = None,
+    processor_folder: str | Path | None = None,
+    dtype: str | None = None,
+    verify: bool = True,
+) -> Path:
+    """Writes the model of a training checkpoint as config.json, safetensors and tokenizer.
+
+    Args:
+        folder: a checkpoint, or a run's folder (its newest complete checkpoint is taken).
+        output: folder to write.
+        processor: tokenizer and image settings to write beside the weights.
+        processor_folder: where to read them in place of ``processor``; by default as the run did.
+        dtype: "float32" or "bfloat16"; by default that of the run.
+        verify: compare the checkpoint's files with its SHA-256 manifest first.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: if there is no complete checkpoint, or it is damaged.
+    """
+    from phi35.training.config import TrainingConfig
+
+    reader = CheckpointReader(find_checkpoint(folder), verify=verify)
+    model_config = model_config_from_dict(reader.trainer["model_config"])
+    config = TrainingConfig(**reader.trainer["training_config"])
+    if processor_folder is not None:
+        processor = Processor.from_folder(processor_folder, model_config)
+    elif processor is None:
+        from phi35.training.run import build_processor
+
+        processor = build_processor(config, model_config)
+    cpu, name = torch.device("cpu"), dtype or config.dtype
+    model = empty_model(model_config, cpu, getattr(torch, name))
+    load_parameters(model, reader)
+    save(model, processor, str(output))
+    return Path(output)
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest complete one of a run.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    folder = Path(folder)
+    if (folder / "manifest.json").is_file():
+        return folder
+    found = complete_checkpoints(folder / "checkpoints") or complete_checkpoints(folder)
+    if not found:
+        raise ValueError(f"{str(folder)!r} is no complete training checkpoint and no run that holds one")
+    return found[-1]

@@ -1,0 +1,54 @@
+"""What a micro-batch adds to the training loss: its label tokens, and the router's losses.
+
+The token loss is a mean over the real tokens of the global batch, so that it does not depend on the micro-batch size
+or the number of ranks. The router's balance loss is a product of means over one forward pass of all ranks by its
+definition, and does depend on how many samples that is.
+"""
+
+from typing import Any
+
+import torch
+
+from phi35.outputs import CausalLMOutput
+from phi35.registry import resolve
+
+
+def count_label_tokens(labels: torch.Tensor) -> int:
+    """Labels that count in (B, T): the first of each row predicts nothing, negative ones are ignored."""
+    return int((labels[:, 1:] >= 0).sum())
+
+
+def auxiliary_losses(
+    output: CausalLMOutput,
+    attention_mask: torch.Tensor | None,
+    *,
+    balance: float,
+    z: float,
+    process_group: Any = None,
+) -> dict[str, torch.Tensor]:
+    """The router losses that have a weight, unweighted, as float32 scalars.
+
+    Args:
+        output: of a model with sparse layers; without them the result is empty.
+        attention_mask: (B, T), 1 for real tokens.
+        balance: weight of the load-balance loss.
+        z: weight of the z-loss.
+        process_group: ranks over which the experts' shares are counted for the balance loss; None: this rank.
+    """
+    losses: dict[str, torch.Tensor] = {}
+    if not output.router_outputs:
+        return losses
+    if balance:
+        losses["balance"] = resolve("moe.losses:load_balancing_loss")(
+            output.router_outputs, attention_mask, process_group=process_group
+        )
+    if z:
+        losses["z"] = resolve("moe.losses:router_z_loss")(output.router_outputs, attention_mask)
+    return losses
+
+
+def expert_counts(output: CausalLMOutput, attention_mask: torch.Tensor | None) -> Any:
+    """(layers, E) float32 tokens each expert received; None for dense models."""
+    if not output.router_outputs:
+        return None
+    return resolve("moe.losses:expert_counts")(output.router_outputs, attention_mask)

@@ -1,0 +1,330 @@
+"""A training run from config to exported model."""
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from phi35 import presets
+from phi35.config import ModelConfig
+from phi35.loading import create, load, load_config
+from phi35.processor import Processor
+from phi35.registry import resolve
+from phi35.training import checkpoint, environment
+from phi35.training.checkpoint_files import CheckpointReader
+from phi35.training.config import TrainingConfig
+from phi35.training.data import open_text
+from phi35.training.engine import Engine, shard_experts
+from phi35.training.environment import Environment
+from phi35.training.loss import count_label_tokens
+from phi35.training.metrics import Metrics, plot
+from phi35.training.parameter_groups import freeze_parameters
+from phi35.training.random_state import seed_everything
+
+SMALL_MODEL = Path(__file__).resolve().parents[1] / "small_model"
+"""Folder of the package whose tokenizer the tiny presets use."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run did and where it wrote.
+
+    Attributes:
+        config: resolved config.
+        first_loss: loss of the first step in the metrics.
+        last_loss: loss of the last step.
+        seconds_per_step: mean over the last half of the steps.
+        written: what was written, by description.
+        history: lines of ``metrics.jsonl`` (on rank 0).
+    """
+
+    config: TrainingConfig
+    first_loss: float
+    last_loss: float
+    seconds_per_step: float
+    written: dict[str, str]
+    history: list[dict[str, Any]]
+
+
+def train(
+    config: TrainingConfig, deepspeed_file: dict[str, Any] | None = None, device: str | None = None
+) -> RunSummary | None:
+    """Trains as the config says, from the newest checkpoint of its output folder where there is one.
+
+    Args:
+        config: what to do.
+        deepspeed_file: additions from a ready DeepSpeed JSON file.
+        device: "cpu" or "cuda"; by default CUDA where there is a device.
+
+    Returns:
+        The summary on rank 0, None on the others.
+
+    Raises:
+        ValueError: for anything in the config that cannot be done, before memory is allocated where it can be seen.
+    """
+    model_config = read_model_config(config)
+    place = environment.start(device)
+    config = config.resolve(
+        world_size=place.world_size,
+        num_experts=model_config.num_local_experts,
+        router_aux_loss_coef=model_config.router_aux_loss_coef,
+    )
+    folder = Path(config.output_dir)
+    reader = checkpoint.open_newest(folder / "checkpoints", place) if config.resume else None
+    if reader is not None:
+        _check_resumable(reader, config, model_config)
+    if place.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        describe_run(folder, config, place)
+    processor = build_processor(config, model_config)
+    model = build_model(config, model_config, reader)
+    source = _open_data(config, model_config, processor, place, folder)
+    engine = Engine(model, config, place, deepspeed_file)
+    first_step = 0
+    if reader is not None:
+        checkpoint.load_optimizer(engine, reader)
+        source.load_state_dict(reader.trainer["data"])
+        first_step = int(reader.trainer["step"])
+        checkpoint.load_random_state(reader, place, config.seed)
+    else:
+        seed_everything(config.seed, place.rank)
+    metrics = Metrics(
+        folder, place, max_steps=config.max_steps, first_step=first_step, log_interval=config.log_interval
+    )
+    state = {
+        "training_config": config.to_dict(),
+        "model_config": checkpoint.model_config_to_dict(model_config),
+        "versions": versions(),
+    }
+    last = run_steps(engine, source, metrics, first_step, folder / "checkpoints", state)
+    metrics.close()
+    return _finish(config, place, processor, metrics, folder, last) if place.is_main else _wait(place)
+
+
+def run_steps(
+    engine: Engine, source: Any, metrics: Metrics, first_step: int, root: Path, state: dict[str, Any]
+) -> Path:
+    """The loop: ``max_steps`` updates, a checkpoint now and then and one at the end.
+
+    Returns:
+        The last checkpoint's folder.
+    """
+    config, place = engine.config, engine.environment
+    accumulation = config.gradient_accumulation_steps(place.world_size)
+    batches = iter(source)
+    saved = root / f"step-{first_step:08d}"
+    for step in range(first_step, config.max_steps):
+        micro_batches, num_tokens = _next_micro_batches(batches, accumulation, place.device)
+        global_num_tokens = _sum_over_ranks(sum(num_tokens), place)
+        learning_rate = engine.set_learning_rate(step)
+        result = engine.step(micro_batches, num_tokens, global_num_tokens)
+        metrics.add(
+            step + 1,
+            result,
+            learning_rate=learning_rate,
+            num_tokens=global_num_tokens,
+            num_samples=config.global_batch_size,
+            attention_masks=[batch.get("attention_mask") for batch in micro_batches],
+        )
+        done = step + 1
+        if done == config.max_steps or (config.save_interval and done % config.save_interval == 0):
+            metrics.flush()
+            saved = checkpoint.save(root, done, engine, {**state, "data": source.state_dict()}, config.keep_last)
+            metrics.resume()
+    return saved
+
+
+def read_model_config(config: TrainingConfig) -> ModelConfig:
+    """The model's config, from preset or folder, with the overrides; allocates nothing.
+
+    Raises:
+        ValueError: for an unknown preset or field.
+    """
+    folder = Path(config.model)
+    if (folder / "config.json").is_file():
+        base = load_config(folder)
+    else:
+        base = presets.get(config.model)
+    return base.replace(**config.model_overrides) if config.model_overrides else base
+
+
+def build_processor(config: TrainingConfig, model_config: ModelConfig) -> Any:
+    """The processor of the model's folder, of ``config.processor``, or with the package's small tokenizer.
+
+    Raises:
+        ValueError: if no tokenizer fits the vocabulary.
+    """
+    folder = Path(config.processor or config.model)
+    if config.processor is None and not (folder / "tokenizer.json").is_file():
+        folder = SMALL_MODEL
+        if model_config.vocab_size > 2048:
+            raise ValueError(
+                f"model {config.model!r} has a vocabulary of {model_config.vocab_size} and brings no tokenizer; give "
+                "processor=FOLDER with the tokenizer.json that belongs to it"
+            )
+    return Processor.from_folder(folder, model_config)
+
+
+def build_model(config: TrainingConfig, model_config: ModelConfig, reader: CheckpointReader | None) -> Any:
+    """The model on the CPU in float32: weights of the checkpoint, of the model folder, or random; experts sharded."""
+    if reader is None and (Path(config.model) / "config.json").is_file() and not config.model_overrides:
+        model, _ = load(config.model, device="cpu", dtype="float32")
+    else:
+        model = create(model_config, device="cpu", dtype="float32", seed=config.seed)
+    if config.tower is not None and reader is None:
+        resolve("vision.pretraining:load_tower")(model, config.tower)
+    freeze_parameters(model, config)
+    shard_experts(model, config)
+    if reader is not None:
+        checkpoint.load_parameters(model, reader)
+    return model
+
+
+def describe_run(folder: Path, config: TrainingConfig, place: Environment) -> None:
+    """Prints the resolved config and keeps it beside the run, with versions, commit and command."""
+    import yaml
+
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    accumulation = config.gradient_accumulation_steps(place.world_size)
+    print(f"training config ({place.world_size} x {place.device.type}, {accumulation} micro-batches a step):")
+    print("".join(f"  {line}\n" for line in text.splitlines()), end="", flush=True)
+    (folder / "training_config.yaml").write_text(text)
+    described = {"versions": versions(), "commit": commit(), "command": sys.argv, "world_size": place.world_size}
+    (folder / "run.json").write_text(json.dumps(described, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    import deepspeed
+
+    import phi35
+
+    return {
+        "phi35": phi35.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "deepspeed": str(deepspeed.__version__),
+    }
+
+
+def commit() -> str | None:
+    """Commit of the source tree, with "+changes" where files differ from it; None outside git."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None if described.returncode == 0 else None
+
+
+def _open_data(
+    config: TrainingConfig, model_config: ModelConfig, processor: Any, place: Environment, folder: Path
+) -> Any:
+    assert config.micro_batch_size is not None
+    common = {
+        "model_config": model_config,
+        "processor": processor,
+        "rank": place.rank,
+        "world_size": place.world_size,
+        "micro_batch_size": config.micro_batch_size,
+        "seed": config.seed,
+        "num_workers": config.num_workers,
+        **config.data_options,
+    }
+    is_text = config.data_source is None and (model_config.vision is None or config.data == "stdlib")
+    if is_text:
+        return open_text(
+            config.data,
+            sequence_length=config.sequence_length,
+            num_samples=config.max_steps * config.global_batch_size,
+            cache_folder=folder / "cache",
+            barrier=place.barrier,
+            **common,
+        )
+    data = config.data
+    if data == "easy-vqa":
+        data = str(folder / "cache" / "easy-vqa-train")
+        if place.is_main and not any(Path(data).glob("*.tar")):
+            resolve("vision.easy_vqa_shards:prepare")(data, "train", num_pairs=4000)
+        place.barrier()
+    return resolve(config.data_source or "vision.data:open_source")(data, **common)
+
+
+def _check_resumable(reader: CheckpointReader, config: TrainingConfig, model_config: ModelConfig) -> None:
+    saved = checkpoint.model_config_from_dict(reader.trainer["model_config"])
+    if saved != model_config:
+        raise ValueError(
+            f"{config.output_dir!r} holds checkpoints of another model; give another output_dir, or resume=false "
+            "to overwrite them"
+        )
+    if int(reader.trainer["step"]) > config.max_steps:
+        raise ValueError(
+            f"{str(reader.folder)!r} is beyond max_steps={config.max_steps}; give more steps or another output_dir"
+        )
+
+
+def _next_micro_batches(
+    batches: Iterator[dict[str, torch.Tensor]], count: int, device: torch.device
+) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+    """``count`` micro-batches on the device and their label tokens, counted before the labels leave the host."""
+    taken, num_tokens = [], []
+    for _ in range(count):
+        batch = next(batches)
+        num_tokens.append(count_label_tokens(batch["labels"]))
+        taken.append({name: value.to(device, non_blocking=True) for name, value in batch.items()})
+    return taken, num_tokens
+
+
+def _sum_over_ranks(value: int, place: Environment) -> torch.Tensor | int:
+    """Sum of a count over ranks, at least 1; on a GPU it stays there, so that nobody waits for it."""
+    if place.world_size == 1:
+        return max(1, value)
+    total = torch.tensor(float(value), device=place.device)
+    distributed.all_reduce(total)
+    return total.clamp(min=1)
+
+
+def _finish(
+    config: TrainingConfig, place: Environment, processor: Any, metrics: Metrics, folder: Path, last: Path
+) -> RunSummary:
+    history = metrics.history
+    written = {"config": folder / "training_config.yaml", "metrics": metrics.path, "checkpoint": last}
+    if history:
+        written["curves"] = folder / "curves.png"
+        plot(history, written["curves"])
+    if config.export:
+        from phi35.training.export import export
+
+        written["model"] = folder / "model"
+        export(last, written["model"], processor=processor, verify=False)
+    place.barrier()
+    later = history[len(history) // 2 :]
+    summary = RunSummary(
+        config=config,
+        first_loss=history[0]["loss"] if history else float("nan"),
+        last_loss=history[-1]["loss"] if history else float("nan"),
+        seconds_per_step=sum(line["seconds"] for line in later) / max(1, len(later)),
+        written={name: str(path) for name, path in written.items()},
+        history=history,
+    )
+    print(f"loss {summary.first_loss:.4f} -> {summary.last_loss:.4f} in {config.max_steps} steps", end="")
+    print(f", {summary.seconds_per_step * 1000:.0f} ms a step")
+    for name, path in summary.written.items():
+        print(f"  {name:<11} {path}", flush=True)
+    return summary
+
+
+def _wait(place: Environment) -> None:
+    place.barrier()  # until rank 0 has exported
