@@ -16,6 +16,8 @@ SLOTS = {
     "checkpoint_rules.vision": "vision.checkpoint_rules:RULES",
     "presets.sparse": "moe.presets:PRESETS",
     "presets.vision": "vision.presets:PRESETS",
+    "experts.backend_report": "moe.experts:backend_report",
+    "tower.open_clip": "vision.open_clip_weights:import_tower",
 }
 
 
