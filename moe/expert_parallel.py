@@ -185,8 +185,8 @@ def _shard_layer(layer: SparseMoE, group: "distributed.ProcessGroup", group_name
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.group_name = group_name  # type: ignore[attr-defined]
         setattr(layer.experts, name, parameter)
-    layer.__class__ = _sharded_class(type(layer))
     sharded: Any = layer
+    sharded.__class__ = _sharded_class(sharded.__class__)
     sharded.ep_size = ep_size
     sharded.num_local_experts = num_local_experts
     sharded.expert_group_name = group_name
