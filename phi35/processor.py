@@ -190,7 +190,7 @@ class Processor:
         """num_crops of every image, nested as the images are."""
         if self.config.vision is None:
             return [[0] * len(row) for row in nested]
-        if num_crops is None or isinstance(num_crops, int):
+        if not isinstance(num_crops, list | tuple):
             limit = self.num_crops if num_crops is None else _checked_num_crops(num_crops)
             return [[limit] * len(row) for row in nested]
         limits = [list(num_crops)] if single else [_row(entry, len(row)) for entry, row in _pairs(num_crops, nested)]
@@ -222,7 +222,7 @@ def _pairs(num_crops: Sequence[Any], nested: list[list[Any]]) -> list[tuple[Any,
 
 
 def _row(entry: Any, num_images: int) -> list[Any]:
-    return [entry] * num_images if isinstance(entry, int) else list(entry)
+    return list(entry) if isinstance(entry, list | tuple) else [entry] * num_images
 
 
 def _checked_num_crops(value: Any) -> int:

@@ -105,9 +105,7 @@ def test_output_keeps_the_inputs_and_pads_ended_rows() -> None:
     out = generate(model, **batch, max_new_tokens=6, stop_token_ids=[stop])
     assert out.dtype == torch.int64 and out.shape == (2, 15)
     assert torch.equal(out[:, :9], batch["input_ids"])
-    assert out[0, 9:].tolist() == first[: first.index(stop) + 1] + [model.config.pad_token_id] * (
-        5 - first.index(stop)
-    )
+    assert out[0, 9:].tolist() == first[: first.index(stop) + 1] + [model.config.pad_token_id] * (5 - first.index(stop))
     assert out[1, 9:].tolist() == second
 
 
