@@ -4,10 +4,14 @@ import functools
 
 import pytest
 import torch
+from PIL import Image
 
 import phi35
+from phi35.api import SMALL_MODEL
 from phi35.generation.decoding import Decoding, generate
 from phi35.model import CausalLM
+from phi35.processor import Processor
+from phi35.tokenizer import Tokenizer
 
 
 @functools.cache
@@ -94,6 +98,27 @@ def test_the_true_boundary_of_4096() -> None:
     rows = prompts_of(4094, 4097, 3)
     found = new_tokens(model, padded(rows), max_new_tokens=5, stop_token_ids=())
     assert found == [uncached(model, row, 5) for row in rows]
+
+
+@torch.no_grad()
+def test_image_rows_cross_with_their_features() -> None:
+    """Rows with two pictures, one and none, prefilled in chunks that cut the pictures; all pass 100 tokens."""
+    model = phi35.create("tiny-phi-3.5-vision", seed=2, initializer_range=0.3, original_max_position_embeddings=100)
+    processor = Processor(Tokenizer.from_folder(SMALL_MODEL), model.config)
+    red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
+    prompts = ["<|image_2|> or <|image_1|>", "<|image_1|> and " + "what is this? " * 4, "what is this? " * 20]
+    images = [[red, blue], [blue], []]
+    batch = processor(prompts, images=images, num_crops=1)
+    found = new_tokens(model, batch, max_new_tokens=40, stop_token_ids=(), prefill_chunk_size=16)
+    for prompt, row, new in zip(prompts, images, found, strict=True):
+        single = processor(prompt, images=row, num_crops=1)
+        ids = single.pop("input_ids")
+        del single["attention_mask"]
+        start = ids.shape[1]
+        assert start <= 100 < start + 40, "the row must cross"
+        for _ in range(40):
+            ids = torch.cat((ids, model(ids, **single).logits[:, -1:].argmax(dim=-1)), dim=1)
+        assert new == ids[0, start:].tolist()
 
 
 def test_output_keeps_the_inputs_and_pads_ended_rows() -> None:

@@ -77,14 +77,14 @@ def test_the_penalty_passes_over_images_and_counts_a_token_once() -> None:
 
 
 def test_draws_follow_the_probabilities() -> None:
-    """20,000 draws; the largest deviation measured is 0.0026, the standard deviation of one frequency 0.0034."""
+    """4,000 draws: the standard deviation of a frequency is 0.008; the largest deviation measured here is 0.018."""
     probabilities = torch.tensor([0.0, 0.5, 0.2, 0.3, 0.0])
     (generator,) = row_generators(3, 1)
     logits = probabilities.log().expand(1, -1)
     counts = torch.zeros(5)
-    for _ in range(20_000):
+    for _ in range(4_000):
         counts[next_tokens(logits, SamplingOptions(temperature=1.0), [[]], [generator])[0]] += 1
-    assert (counts / 20_000 - probabilities).abs().max() < 0.01
+    assert (counts / 4_000 - probabilities).abs().max() < 0.03
     assert counts[0] == counts[4] == 0
 
 
