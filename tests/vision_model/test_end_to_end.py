@@ -64,7 +64,7 @@ def test_logits_of_a_batch_equal_those_of_each_row_alone(model, batch):
             alone = model(**row_alone(batch, row)).logits[0]
             deviation = alone.std().item()
             error = (together[row, batch["attention_mask"][row].bool()] - alone).abs().max().item()
-            assert error < 1e-5 * max(1.0, deviation), (row, error)  # measured: 5e-7 at a deviation of 0.4
+            assert error < 1e-5 * max(1.0, deviation), (row, error)  # measured: 6e-7 at a deviation of 0.41
 
 
 def test_pictures_matter_and_so_does_the_tag(model, batch):
@@ -103,7 +103,7 @@ def test_cached_steps_equal_the_whole_pass(model, batch):
         whole = model(**inputs | {"input_ids": ids, "attention_mask": mask}).logits[:, -2:]
         cache = model(**inputs, use_cache=True).past_key_values
         steps = [model(input_ids=more[:, step : step + 1], past_key_values=cache).logits for step in (0, 1)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=0)  # measured: 4e-7
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=0)  # measured: 6e-7
 
 
 def test_one_training_step_reaches_every_trainable_parameter(batch):

@@ -13,7 +13,8 @@ def test_phi_35_vision_equals_the_published_config():
     published = json.loads(published_file("configs/phi-3.5-vision-instruct.json").read_text())
     config = PRESETS["phi-3.5-vision"]
     text_fields = """
-        attention_dropout bos_token_id embd_pdrop hidden_act hidden_size initializer_range intermediate_size max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads
+        attention_dropout bos_token_id embd_pdrop hidden_act hidden_size initializer_range intermediate_size
+        max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads
         original_max_position_embeddings pad_token_id resid_pdrop rms_norm_eps rope_theta sliding_window
         tie_word_embeddings vocab_size""".split()
     assert {name: getattr(config, name) for name in text_fields} == {name: published[name] for name in text_fields}
