@@ -32,6 +32,7 @@ FULL_SIZE: dict[str, ModelConfig] = {
 }
 
 SMALL_VISION = ModelConfig(
+    model_type="phi3_v",
     vocab_size=1088,
     hidden_size=192,
     intermediate_size=512,
