@@ -112,6 +112,7 @@ class Row:
         embeds: (prompt_length, D) embeddings of a prompt with image features in place; None for text.
         generator: of this row's draws.
         text: finds stop strings; None where there are none.
+        seen: ids that the repetition penalty counts: those of text, not of images.
         rope_long: whether the cached keys stand under the long factors.
     """
 
@@ -121,6 +122,7 @@ class Row:
     embeds: torch.Tensor | None
     generator: torch.Generator
     text: TextStream | None
+    seen: set[int]
     rope_long: bool = False
 
 
@@ -151,13 +153,15 @@ class Decoding:
         self._input_ids = input_ids.to(model.device)
         keep = mask.to(model.device).bool()
         embeds = self._embeds(pixel_values, image_sizes)
+        image_id = None if self.config.vision is None else self.config.vision.image_token_id
         generators = row_generators(self.options.seed, len(input_ids))
         self.rows = []
         for index, generator in enumerate(generators):
             ids = self._input_ids[index][keep[index]].tolist()
             text = TextStream(tokenizer, self.options.stop) if tokenizer is not None and self.options.stop else None
             row_embeds = None if embeds is None else embeds[index][keep[index]]
-            self.rows.append(Row(index, ids, len(ids), row_embeds, generator, text))
+            seen = {token for token in ids if token >= 0 and token != image_id}
+            self.rows.append(Row(index, ids, len(ids), row_embeds, generator, text, seen))
         self._active = list(self.rows)
         self._cache: KVCache | None = None
 
@@ -187,11 +191,12 @@ class Decoding:
             logits = self._logits()
         finally:
             self.model.train(training)
-        seen = [self._seen(row) for row in self._active]
+        seen = [row.seen for row in self._active]
         tokens = next_tokens(logits, self.options, seen, [row.generator for row in self._active])
         new = []
         for row, token_id in zip(self._active, tokens, strict=True):
             row.ids.append(token_id)
+            row.seen.add(token_id)
             new.append((row.index, token_id))
         self._drop_finished()
         return new
@@ -283,11 +288,6 @@ class Decoding:
         switches = self.config.rope_scaling is not None
         return switches and not row.rope_long and len(row.ids) > self.config.original_max_position_embeddings
 
-    def _seen(self, row: Row) -> list[int]:
-        """Ids the repetition penalty counts: text, not images."""
-        vision = self.config.vision
-        return row.ids if vision is None else [token for token in row.ids if token != vision.image_token_id]
-
     def _drop_finished(self) -> None:
         """Take ended rows out of the batch: a row ends once, so the copies cost less than steps on dead rows."""
         staying = [place for place, row in enumerate(self._active) if not self._ended(row)]
@@ -322,6 +322,8 @@ class Decoding:
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, got {tuple(mask.shape)}")
         problems = self.options.all_problems(len(input_ids), self.config.vocab_size)
+        if self.model.device.type == "meta":
+            problems.append("the model's weights are on the meta device: load or create it on a real one")
         if self.options.stop and tokenizer is None:
             problems.append("stop strings need tokenizer=, to know the text of tokens")
         lengths = mask.bool().sum(dim=1).tolist()

@@ -134,6 +134,20 @@ def test_output_keeps_the_inputs_and_pads_ended_rows() -> None:
     assert out[1, 9:].tolist() == second
 
 
+def test_rows_that_end_early_leave_the_others_as_they_were() -> None:
+    """Three stop ids end three of five rows at different steps, before and after crossings of the rest."""
+    model = tiny()
+    batch = padded(prompts_of(3, 18, 25, 31, 40))
+    whole = new_tokens(model, batch, max_new_tokens=24, stop_token_ids=())
+    stops = [whole[0][2], whole[2][9], whole[4][15]]
+    expected = []
+    for row in whole:
+        ends = [row.index(stop) + 1 for stop in stops if stop in row]
+        expected.append(row[: min(ends, default=24)])
+    assert len({len(row) for row in expected}) >= 3
+    assert new_tokens(model, batch, max_new_tokens=24, stop_token_ids=stops) == expected
+
+
 def test_model_generate_is_the_same_and_reports_tokens() -> None:
     model = tiny()
     batch = padded(prompts_of(4, 9))
@@ -215,6 +229,11 @@ def test_all_bad_arguments_are_named_at_once() -> None:
 def test_bad_inputs_are_named(batch: dict[str, torch.Tensor], options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(tiny(), **batch, **options)
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="meta"):
+        generate(phi35.create("tiny-phi-3.5-mini", device="meta"), torch.tensor([[5, 6]]))
 
 
 def test_a_filter_without_effect_warns() -> None:
