@@ -75,7 +75,7 @@ def next_tokens(
         return scores.argmax(dim=-1).tolist()
     probabilities = filtered(scores, options).softmax(dim=-1)
     draws = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
-    return _inverted(probabilities, draws.to(probabilities.device)).tolist()
+    return _inverted(probabilities.cpu(), draws).tolist()
 
 
 def penalised(scores: torch.Tensor, ids: Iterable[int], penalty: float) -> torch.Tensor:

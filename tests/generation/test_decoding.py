@@ -1,6 +1,7 @@
 """The decoding loop against the uncached forward pass, on both sides of the LongRoPE switch."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +120,25 @@ def test_image_rows_cross_with_their_features() -> None:
         for _ in range(40):
             ids = torch.cat((ids, model(ids, **single).logits[:, -1:].argmax(dim=-1)), dim=1)
         assert new == ids[0, start:].tolist()
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_greedy_text_is_that_of_transformers(penalty: float, tmp_path: Path) -> None:
+    """A left-padded batch below the switch, with and without the repetition penalty."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = tiny(original=None)
+    phi35.save(model, None, tmp_path)
+    theirs = transformers.Phi3ForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32)
+    rows = prompts_of(4, 11, 19)
+    options = {"max_new_tokens": 20, "repetition_penalty": penalty}
+    ours = new_tokens(model, padded(rows), **options)
+    batch = padded(rows)
+    pad_id = model.config.pad_token_id
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, pad_id)
+    out = theirs.generate(**batch, do_sample=False, **options)
+    for new, row in zip(ours, out[:, 19:].tolist(), strict=True):
+        assert row[: len(new)] == new
+        assert set(row[len(new) :]) <= {pad_id}
 
 
 def test_output_keeps_the_inputs_and_pads_ended_rows() -> None:
