@@ -1,0 +1,293 @@
+"""Grouped matrix products on rows sorted by expert: persistent Triton kernels fed by tensor-memory descriptors.
+
+``rows_by_experts`` is the product of each expert's rows with its weights (forward, and gradients of rows);
+``rows_by_rows`` sums over an expert's rows (gradients of weights). Float32 accumulation. Rows lie as
+``moe.kernels.routing`` places them: a tile of ``align`` rows has one expert, empty rows hold zeros.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe.kernels.routing import RoutingPlan
+from moe.kernels.rows import activate
+
+TILE_ROWS = 128
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile sizes of one kind of product.
+
+    Attributes:
+        block_n: columns of the output per tile.
+        block_k: depth per pipeline stage.
+        num_warps: warps per program.
+        num_stages: pipeline depth.
+        group: row tiles of one expert that are swept together over the columns, to reuse weights in the L2 cache.
+        flatten: let the compiler merge the tile loop and the depth loop, so that loads run ahead across tiles.
+    """
+
+    block_n: int = 256
+    block_k: int = 64
+    num_warps: int = 8
+    num_stages: int = 3
+    group: int = 16
+    flatten: bool = True
+
+
+def rows_by_experts(
+    rows: torch.Tensor, weights: torch.Tensor, plan: RoutingPlan, transposed: bool, config: GemmConfig
+) -> torch.Tensor:
+    """Each expert's rows times its weights.
+
+    Args:
+        rows: (P, K).
+        weights: (E, M, K) with ``transposed``, else (E, K, M).
+        plan: with ``align`` = TILE_ROWS.
+        transposed: multiply by the transposed weights of each expert.
+        config: tiles.
+
+    Returns:
+        (P, M); rows past those in use are undefined.
+    """
+    num_experts, first, second = weights.shape
+    depth, columns = (second, first) if transposed else (first, second)
+    out = torch.empty((rows.shape[0], columns), dtype=rows.dtype, device=rows.device)
+    block_n = min(config.block_n, triton.next_power_of_2(columns))
+    weight_block = [1, block_n, config.block_k] if transposed else [1, config.block_k, block_n]
+    _rows_by_experts_kernel[(_num_programs(rows.device),)](
+        TensorDescriptor.from_tensor(rows, [plan.align, config.block_k]),
+        TensorDescriptor.from_tensor(weights, weight_block),
+        TensorDescriptor.from_tensor(out, [plan.align, block_n]),
+        plan.tile_experts,
+        plan.starts,
+        num_experts,
+        columns,
+        depth,
+        TRANSPOSED=transposed,
+        BLOCK_M=plan.align,
+        BLOCK_N=block_n,
+        BLOCK_K=config.block_k,
+        GROUP=config.group,
+        PROGRAMS=_num_programs(rows.device),
+        FLATTEN=config.flatten,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
+def rows_by_experts_gated(
+    rows: torch.Tensor, gate_up_proj: torch.Tensor, plan: RoutingPlan, hidden_act: str, config: GemmConfig, save: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """act(rows W_gate) * (rows W_up), the gating done before the tile leaves the registers.
+
+    Args:
+        rows: (P, D).
+        gate_up_proj: (E, 2F, D), gate first.
+        plan: with ``align`` = TILE_ROWS.
+        hidden_act: "silu" or "gelu".
+        config: tiles; half of ``block_n`` columns are gate, half up.
+        save: also return the products, which the backward pass needs.
+
+    Returns:
+        (P, F), and (P, 2F) or an empty tensor.
+    """
+    num_experts, double, depth = gate_up_proj.shape
+    width = double // 2
+    out = torch.empty((rows.shape[0], width), dtype=rows.dtype, device=rows.device)
+    gate_up = torch.empty((rows.shape[0], double) if save else (1, 2, width), dtype=rows.dtype, device=rows.device)
+    half = min(config.block_n // 2, triton.next_power_of_2(width))
+    _rows_by_experts_gated_kernel[(_num_programs(rows.device),)](
+        TensorDescriptor.from_tensor(rows, [plan.align, config.block_k]),
+        TensorDescriptor.from_tensor(gate_up_proj.view(num_experts, 2, width, depth), [1, 2, half, config.block_k]),
+        TensorDescriptor.from_tensor(out, [plan.align, half]),
+        TensorDescriptor.from_tensor(gate_up.view(-1, 2, width), [plan.align, 1, half]),
+        plan.tile_experts,
+        plan.starts,
+        num_experts,
+        width,
+        depth,
+        ACT=hidden_act,
+        SAVE=save,
+        BLOCK_M=plan.align,
+        HALF_N=half,
+        BLOCK_K=config.block_k,
+        GROUP=config.group,
+        PROGRAMS=_num_programs(rows.device),
+        FLATTEN=config.flatten,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out, gate_up if save else rows.new_empty(0)
+
+
+def rows_by_rows(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, config: GemmConfig) -> torch.Tensor:
+    """Per expert, the sum over its rows of left^T right: (P, M), (P, C) -> (E, M, C); zeros without rows."""
+    num_experts = plan.counts.shape[0]
+    height, columns = left.shape[1], right.shape[1]
+    out = torch.empty((num_experts, height, columns), dtype=left.dtype, device=left.device)
+    block_m = min(TILE_ROWS, triton.next_power_of_2(height))
+    block_n = min(config.block_n, triton.next_power_of_2(columns))
+    _rows_by_rows_kernel[(_num_programs(left.device),)](
+        TensorDescriptor.from_tensor(left, [config.block_k, block_m]),
+        TensorDescriptor.from_tensor(right, [config.block_k, block_n]),
+        TensorDescriptor.from_tensor(out, [1, block_m, block_n]),
+        plan.starts,
+        plan.counts,
+        num_experts,
+        height,
+        columns,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=config.block_k,
+        GROUP=config.group,
+        PROGRAMS=_num_programs(left.device),
+        FLATTEN=config.flatten,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _num_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # Triton's interpreter
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@triton.jit
+def _tile_of(work, tile_experts, starts, num_n, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Expert, first row and column tile of a work item: row tiles of one expert in groups, swept over the columns."""
+    expert = tl.load(tile_experts + work // num_n)
+    first = tl.load(starts + expert) // BLOCK_M
+    tiles = tl.load(starts + expert + 1) // BLOCK_M - first
+    local = work - first * num_n
+    group = local // (GROUP * num_n)
+    size = tl.minimum(tiles - group * GROUP, GROUP)
+    within = local - group * (GROUP * num_n)
+    return expert, (first + group * GROUP + within % size) * BLOCK_M, within // size
+
+
+@triton.jit
+def _rows_by_experts_kernel(  # type: ignore[no-untyped-def]
+    rows,
+    weights,
+    out,
+    tile_experts,
+    starts,
+    num_experts,
+    columns,
+    depth,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    num_n = tl.cdiv(columns, BLOCK_N)
+    num_work = tl.load(starts + num_experts) // BLOCK_M * num_n
+    for work in tl.range(tl.program_id(0), num_work, PROGRAMS, flatten=FLATTEN):
+        expert, row, tile_n = _tile_of(work, tile_experts, starts, num_n, BLOCK_M, GROUP)
+        column = tile_n * BLOCK_N
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, depth, BLOCK_K):
+            left = rows.load([row, k])
+            if TRANSPOSED:
+                right = weights.load([expert, column, k]).reshape(BLOCK_N, BLOCK_K).T
+            else:
+                right = weights.load([expert, k, column]).reshape(BLOCK_K, BLOCK_N)
+            total = tl.dot(left, right, total)
+        out.store([row, column], total.to(out.dtype))
+
+
+@triton.jit
+def _rows_by_experts_gated_kernel(  # type: ignore[no-untyped-def]
+    rows,
+    weights,
+    out,
+    gate_up,
+    tile_experts,
+    starts,
+    num_experts,
+    width,
+    depth,
+    ACT: tl.constexpr,
+    SAVE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HALF_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    num_n = tl.cdiv(width, HALF_N)
+    num_work = tl.load(starts + num_experts) // BLOCK_M * num_n
+    for work in tl.range(tl.program_id(0), num_work, PROGRAMS, flatten=FLATTEN):
+        expert, row, tile_n = _tile_of(work, tile_experts, starts, num_n, BLOCK_M, GROUP)
+        column = tile_n * HALF_N
+        total = tl.zeros((BLOCK_M, 2 * HALF_N), tl.float32)
+        for k in range(0, depth, BLOCK_K):
+            left = rows.load([row, k])
+            # One box holds the gate's rows and, HALF_N further down, the matching rows of up.
+            right = weights.load([expert, 0, column, k]).reshape(2 * HALF_N, BLOCK_K).T
+            total = tl.dot(left, right, total)
+        gate, up = total.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1).split()
+        if SAVE:
+            gate_up.store([row, 0, column], gate.to(out.dtype).reshape(BLOCK_M, 1, HALF_N))
+            gate_up.store([row, 1, column], up.to(out.dtype).reshape(BLOCK_M, 1, HALF_N))
+            # What backward reads is rounded; gating the same values keeps the two passes consistent.
+            gate = gate.to(out.dtype).to(tl.float32)
+            up = up.to(out.dtype).to(tl.float32)
+        out.store([row, column], (activate(gate, ACT) * up).to(out.dtype))
+
+
+@triton.jit
+def _rows_by_rows_kernel(  # type: ignore[no-untyped-def]
+    left_rows,
+    right_rows,
+    out,
+    starts,
+    counts,
+    num_experts,
+    height,
+    columns,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    num_m = tl.cdiv(height, BLOCK_M)
+    num_n = tl.cdiv(columns, BLOCK_N)
+    per_expert = num_m * num_n
+    for work in tl.range(tl.program_id(0), num_experts * per_expert, PROGRAMS, flatten=FLATTEN):
+        expert = work // per_expert
+        local = work % per_expert
+        group = local // (GROUP * num_n)
+        size = tl.minimum(num_m - group * GROUP, GROUP)
+        within = local - group * (GROUP * num_n)
+        m = (group * GROUP + within % size) * BLOCK_M
+        n = (within // size) * BLOCK_N
+        begin = tl.load(starts + expert)
+        # Whole depth blocks: the rows past the count up to the tile's end are zeros.
+        depth = tl.cdiv(tl.load(counts + expert), BLOCK_K) * BLOCK_K
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, depth, BLOCK_K):
+            left = left_rows.load([begin + k, m])
+            right = right_rows.load([begin + k, n])
+            total = tl.dot(left.T, right, total)
+        out.store([expert, m, n], total.to(out.dtype).reshape(1, BLOCK_M, BLOCK_N))
