@@ -168,12 +168,12 @@ def _prompt_texts(
     processor: Processor, prompt: str | Sequence[str], images: Sequence[Any] | None, system: str | None
 ) -> str | list[str]:
     if isinstance(prompt, str):
-        return _prompt_text(processor, prompt, len(images or ()), system)
+        return _prompt_text(processor, prompt, _count(images), system)
     if not isinstance(prompt, list | tuple) or not prompt:
         raise ValueError(f"prompt must be a str or a non-empty list of str, got {prompt!r}")
     counts = [0] * len(prompt)
     if isinstance(images, list | tuple) and len(images) == len(prompt):
-        counts = [len(row) if isinstance(row, list | tuple) else 0 for row in images]
+        counts = [_count(row) for row in images]
     return [_prompt_text(processor, text, count, system) for text, count in zip(prompt, counts, strict=True)]
 
 
@@ -191,10 +191,15 @@ def _chat_text(
     processor: Processor, messages: Sequence[Message], images: Sequence[Any] | None, system: str | None
 ) -> tuple[str, Sequence[Any] | None]:
     flat, found = flatten_messages(messages)
-    if found and images:
+    if found and images is not None:
         raise ValueError("the messages carry pictures and images= came too: give them in one place")
     images = found or images
-    return _rendered(processor, flat, len(images or ()), system), images
+    return _rendered(processor, flat, _count(images), system), images
+
+
+def _count(images: Any) -> int:
+    """How many pictures a list holds; 0 for what is no list, which the processor refuses."""
+    return len(images) if isinstance(images, list | tuple) else 0
 
 
 def _rendered(processor: Processor, messages: list[dict[str, str]], num_images: int, system: str | None) -> str:
