@@ -244,13 +244,12 @@ def _choose(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One of the two choices: (N, 1) expert and its (N, 1) weight."""
     kept_scores = _drop_far(scores, candidates, jitter_eps)
-    gates = kept_scores.softmax(dim=-1)
     if not training:
         chosen = candidates.argmax(dim=-1, keepdim=True)
         # The softmax's own derivative p (onehot(D) - g) is the router's gradient here, c being 1.
-        return chosen, gates.gather(1, chosen)
+        return chosen, kept_scores.softmax(dim=-1).gather(1, chosen)
     with torch.no_grad():
-        gates = gates.detach()
+        gates = kept_scores.softmax(dim=-1)
         exponential = torch.empty_like(kept_scores, memory_format=torch.contiguous_format).exponential_()
         chosen = (kept_scores - exponential.log()).argmax(dim=-1, keepdim=True)
         coin = torch.rand_like(gates[:, :1])

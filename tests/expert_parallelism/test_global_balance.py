@@ -36,9 +36,9 @@ def test_gradients_averaged_over_the_group_are_those_of_the_joined_batch():
     loss = load_balancing_loss(joined, torch.tensor(masks).reshape(4, 4))
     loss.backward()
     mean = torch.stack([value for value, _ in ranks]).mean()
-    torch.testing.assert_close(mean, loss.detach(), rtol=0, atol=1e-6)  # measured 0
+    torch.testing.assert_close(mean, loss.detach(), rtol=0, atol=1e-6)  # measured 1.2e-7
     for layer in range(2):
         averaged = torch.cat([gradients[layer] for _, gradients in ranks])
-        torch.testing.assert_close(averaged, joined[layer].logits.grad, rtol=0, atol=1e-7)  # measured below 1e-8
+        torch.testing.assert_close(averaged, joined[layer].logits.grad, rtol=0, atol=1e-7)  # measured 0
     alone = load_balancing_loss([routing(0), routing(1)], torch.tensor(masks[0]))
     assert abs(alone.item() - ranks[0][0].item()) > 1e-3, "the group's shares must differ from one rank's"

@@ -169,3 +169,26 @@ def test_bad_requests_are_refused():
         Experts(4, 18, 24, backend="grouped_mm")(torch.randn(3, 18), indices, weights)
     with pytest.raises(ValueError, match="tokens are torch.float32, expert weights torch.float64"):
         experts(torch.randn(3, 16), indices, weights)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("num_tokens", "top_k", "used"), [(1, 2, None), (33, 2, None), (7, 2, [1, 3]), (300, 1, [2])])
+def test_grouped_mm_on_cuda_equals_the_loop_without_a_host_synchronisation(num_tokens, top_k, used):
+    indices, tensors = problem(num_tokens, top_k, hidden=64, ffn=96, used=used)
+    indices = indices.cuda()
+    upstream = torch.randn(num_tokens, 64, generator=torch.Generator().manual_seed(1)).cuda().bfloat16()
+    results = []
+    for name in ("grouped_mm", "loop"):
+        placed = [tensor.detach().cuda() for tensor in tensors]
+        placed = [placed[0].bfloat16(), placed[1], placed[2].bfloat16(), placed[3].bfloat16()]
+        placed = [tensor.requires_grad_() for tensor in placed]
+        torch.cuda.set_sync_debug_mode("error" if name == "grouped_mm" else "default")
+        try:
+            output = BACKENDS[name].run(placed[0], indices, *placed[1:], "silu")
+            gradients = torch.autograd.grad(output, placed, upstream)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append((output, *gradients))
+    for ours, expected in zip(*results, strict=True):
+        assert (ours.float() - expected.float()).norm() <= 1e-2 * expected.float().norm()
