@@ -20,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/small/tower.safetensors"))
     parser.add_argument("--model", default="small-vision", help="preset whose tower to train")
+    parser.add_argument("--patch-size", type=int, default=None, help="in place of the preset's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
@@ -31,6 +32,8 @@ def main() -> None:
     vision = get(args.model).vision
     if vision is None:
         raise SystemExit(f"preset {args.model!r} has no tower: choose a vision preset")
+    if args.patch_size:
+        vision = dataclasses.replace(vision, patch_size=args.patch_size)
     settings = PretrainingConfig(
         steps=args.steps,
         batch_size=args.batch_size,
