@@ -210,8 +210,6 @@ def read_config(
         if not separator:
             raise ValueError(f"expected key=value, got {override!r}")
         value = yaml.safe_load(text)
-        if isinstance(value, str):
-            value = _number(value)
         name, dot, inner = key.strip().removeprefix("--").partition(".")
         if dot:
             outer = dict(values.get(name) or {})
@@ -219,15 +217,22 @@ def read_config(
             value = outer
         values[name] = value
     _check_known(values)
-    return TrainingConfig(**values)
+    return TrainingConfig(**{name: _with_numbers(name, value) for name, value in values.items()})
 
 
-def _number(text: str) -> Any:
-    """YAML 1.1 reads 1e-3 as text."""
+def _with_numbers(name: str, value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text: make it a number in the fields that hold numbers."""
+    if isinstance(value, dict) and name == "learning_rates":
+        return {part: _with_numbers("learning_rate", rate) for part, rate in value.items()}
+    if not isinstance(value, str) or float not in (_FIELD_TYPES[name], *get_args(_FIELD_TYPES[name])):
+        return value
     try:
-        return float(text)
+        return float(value)
     except ValueError:
-        return text
+        return value
+
+
+_FIELD_TYPES = get_type_hints(TrainingConfig)
 
 
 def _check_known(values: dict[str, Any]) -> None:
@@ -240,9 +245,8 @@ def _check_known(values: dict[str, Any]) -> None:
 
 
 def _type_problems(config: TrainingConfig) -> Any:
-    hints = get_type_hints(TrainingConfig)
     for item in dataclasses.fields(config):
-        value, hint = getattr(config, item.name), hints[item.name]
+        value, hint = getattr(config, item.name), _FIELD_TYPES[item.name]
         accepted = [kind for kind in (get_args(hint) or (hint,)) if isinstance(kind, type)]
         origin = getattr(hint, "__origin__", None)
         if origin in (dict, tuple):

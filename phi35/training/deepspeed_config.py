@@ -27,6 +27,7 @@ KNOWN_KEYS = {
     "torch_autocast",
     "zero_optimization",
     "communication_data_type",
+    "use_data_before_expert_parallelism",
     "comms_logger",
     "flops_profiler",
     "memory_breakdown",
@@ -63,6 +64,8 @@ def to_deepspeed(config: TrainingConfig, world_size: int, device_type: str = "cp
     elif bfloat16:
         rendered["bf16"] = {"enabled": True}
         rendered["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.ep_size is not None and config.ep_size > 1:
+        rendered["use_data_before_expert_parallelism"] = False
     if config.offload != "none":
         rendered["zero_force_ds_cpu_optimizer"] = False
     return rendered

@@ -66,6 +66,8 @@ class Engine:
         optimizer = torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_epsilon, fused=True
         )
+        if config.zero_stage == 3:
+            _gather_whole_sparse_layers(model)
         # A tuple is what DeepSpeed looks into for the tensors whose gradients announce the backward pass.
         model.register_forward_hook(lambda module, inputs, output: (output.loss, output))
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -140,6 +142,15 @@ class Engine:
         factor = (self.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
         gradients = [parameter.grad for parameter in parameters]
         torch._foreach_mul_(gradients, factor)
+
+
+def _gather_whole_sparse_layers(model: Any) -> None:
+    """ZeRO-3 fetches a sparse layer as one unit: which experts run, and in what order, differs from rank to rank."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    classes = {type(layer.mlp) for layer in model.model.layers if model.config.is_sparse}
+    if classes:
+        set_z3_leaf_modules(model, list(classes))
 
 
 def _checkpoint_layers(model: Any) -> None:

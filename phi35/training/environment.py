@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,8 @@ def start(device: str | None = None) -> Environment:
     if device_type == "cuda":
         torch.cuda.set_device(chosen)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+        # Half the cores: threads that wait for a busy core spin, which cost a shared machine a factor of ten.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // (2 * world_size)))
     deepspeed.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)
     return Environment(rank=rank, local_rank=local_rank, world_size=world_size, device=chosen)
 
@@ -77,6 +79,8 @@ def stop() -> None:
 
 def _import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could do.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 

@@ -29,7 +29,20 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ("torch", "torch.distributed", "deepspeed")
+PRELOADED = (
+    "torch",
+    "torch.distributed",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # brings in torch's compiler, some seconds of import
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.moe.layer",
+    "phi35.training.run",
+    "moe.expert_parallel",
+    "moe.losses",
+    "moe.presets",
+    "vision.presets",
+    "vision.embedding",
+)
 _PR_SET_PDEATHSIG = 1
 
 
