@@ -70,7 +70,8 @@ def load(
     )
     if picked_device.type != "meta":
         fill(model, match, stored)
-    return model, load_processor(folder, config)
+    model.processor = load_processor(folder, config)
+    return model, model.processor
 
 
 def save(

@@ -29,7 +29,11 @@ class CausalLM(nn.Module):
         config: the frozen config the model was built from.
         gradient_checkpointing: recompute each layer in the backward pass (training mode only); the random state
             is restored, so that routing noise and dropout repeat.
+        processor: tokenizer and image settings of the folder a model was loaded from (set by ``phi35.load``), so
+            that ``phi35.generate`` takes the model alone.
     """
+
+    processor: Any = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -127,6 +127,7 @@ def test_a_text_only_model_takes_the_same_call() -> None:
 def test_a_model_is_found_by_folder_and_by_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ask("What?", [RED])
     assert ask("What?", [RED], model=str(folder), device="cpu", dtype="float32") == expected
+    assert ask("What?", [RED], model=phi35.load(folder, device="cpu")[0]) == expected
     monkeypatch.setenv("PHI35_MODEL", str(folder))
     assert ask("What?", [RED], model=None, device="cpu") == expected
     monkeypatch.setenv("PHI35_MODEL", "/no/such/folder")
