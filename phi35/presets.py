@@ -13,31 +13,31 @@ from phi35 import longrope_factors as factors
 from phi35.config import ModelConfig, RopeScaling
 from phi35.registry import resolve
 
-_MEDIUM = {
-    "hidden_size": 5120,
-    "intermediate_size": 17920,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 10,
-}
+_MINI = ModelConfig(sliding_window=2047)
+_MEDIUM = _MINI.replace(
+    hidden_size=5120,
+    intermediate_size=17920,
+    num_hidden_layers=40,
+    num_attention_heads=40,
+    num_key_value_heads=10,
+)
 
 FULL_SIZE: dict[str, ModelConfig] = {
-    "phi-3-mini-4k": ModelConfig(sliding_window=2047),
-    "phi-3-mini-128k": ModelConfig(
+    "phi-3-mini-4k": _MINI,
+    "phi-3-mini-128k": _MINI.replace(
         max_position_embeddings=131072,
         sliding_window=262144,
         rope_scaling=RopeScaling(short_factor=factors.PHI_3_MINI_128K_SHORT, long_factor=factors.PHI_3_MINI_128K_LONG),
     ),
-    "phi-3-medium-4k": ModelConfig(**_MEDIUM, sliding_window=2047),
-    "phi-3-medium-128k": ModelConfig(
-        **_MEDIUM,
+    "phi-3-medium-4k": _MEDIUM,
+    "phi-3-medium-128k": _MEDIUM.replace(
         max_position_embeddings=131072,
         sliding_window=131072,
         rope_scaling=RopeScaling(
             short_factor=factors.PHI_3_MEDIUM_128K_SHORT, long_factor=factors.PHI_3_MEDIUM_128K_LONG, type="su"
         ),
     ),
-    "phi-3.5-mini": ModelConfig(
+    "phi-3.5-mini": _MINI.replace(
         max_position_embeddings=131072,
         sliding_window=262144,
         rope_scaling=RopeScaling(short_factor=factors.PHI_3_5_MINI_SHORT, long_factor=factors.PHI_3_5_MINI_LONG),

@@ -121,7 +121,7 @@ def write_safetensors(
         file.write(text)
         for name in ordered:
             flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

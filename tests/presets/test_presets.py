@@ -146,7 +146,7 @@ def test_create_changes_fields_and_casts():
         ({"num_layers": 3}, "unknown config fields .'num_layers'"),
         ({"num_key_value_heads": 3}, "must be a multiple"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
-        ({"device": "mps"}, "'mps' is not supported"),
+        ({"device": "xpu"}, "'xpu' is not supported"),
         ({"device": "cuda:99"}, "sees . CUDA devices"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"dtype": torch.int32}, "unknown dtype torch.int32"),
