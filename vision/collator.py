@@ -155,20 +155,30 @@ class VisionCollator:
         return torch.tensor(ids), torch.tensor(labels)
 
 
-def _tagged(messages: Messages, num_images: int) -> list[dict[str, str]]:
-    """The turns as dicts, with tags in the first user turn if there were none; checked."""
+def check_tags(messages: Messages, num_images: int) -> set[int]:
+    """The image numbers that the contents name: all of the pictures', or none.
+
+    Raises:
+        ValueError: for an unknown role, a control token inside a content, or tags that do not match the pictures.
+    """
     for role, content in messages:
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"a turn's role must be system, user or assistant, got {role!r}")
         if _CONTROL.search(content):
             raise ValueError(f"a turn's content must not hold control tokens, got {content!r}")
     numbers = {int(number) for _, content in messages for number in _TAG.findall(content)}
+    if numbers and numbers != set(range(1, num_images + 1)):
+        raise ValueError(f"the tags name images {sorted(numbers)}, but {num_images} pictures came")
+    return numbers
+
+
+def _tagged(messages: Messages, num_images: int) -> list[dict[str, str]]:
+    """The turns as dicts, with tags in the first user turn if there were none; checked."""
+    numbers = check_tags(messages, num_images)
     turns = [{"role": role, "content": content} for role, content in messages]
     if not numbers and num_images:
         first = next((turn for turn in turns if turn["role"] == "user"), None)
         if first is None:
             raise ValueError("pictures without tags go into the first user turn, but there is none")
         first["content"] = "".join(f"<|image_{n}|>\n" for n in range(1, num_images + 1)) + first["content"]
-    elif numbers != set(range(1, num_images + 1)):
-        raise ValueError(f"the tags name images {sorted(numbers)}, but {num_images} pictures came")
     return turns

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from phi35.config import ModelConfig
 from vision.augment import Augmentation
-from vision.collator import Conversation, Messages, VisionCollator
+from vision.collator import Conversation, Messages, VisionCollator, check_tags
 from vision.decode import open_image
 from vision.shards import Sample, ShardIndex
 
@@ -80,7 +80,7 @@ class ShardDataset(Dataset[tuple[Batch, int]]):
             workers share; gives the same batches. For data whose pixels fit into memory.
 
     Attributes:
-        num_corrupt: samples that could not be read while the index was made.
+        num_corrupt: samples left out because their description is unusable or names other pictures than they hold.
     """
 
     def __init__(
@@ -156,7 +156,10 @@ class ShardDataset(Dataset[tuple[Batch, int]]):
 
     def _parsed(self, sample: Sample) -> Alternatives | None:
         try:
-            return parse_description(self.index.describe(sample))
+            parsed = parse_description(self.index.describe(sample))
+            for messages in parsed.messages:
+                check_tags(messages, len(sample.images))
+            return parsed
         except ValueError:
             self.num_corrupt += 1
             return None

@@ -135,6 +135,8 @@ class ShardIndex:
                         self._note(number, member, length, parts)
                 except tarfile.ReadError:
                     self.defects.truncated += 1
+                    if parts:  # the last sample may have lost pictures
+                        parts.popitem()
         except (tarfile.TarError, OSError) as error:
             raise ValueError(f"shard {path} is no uncompressed tar file: {error}") from error
         samples = []
