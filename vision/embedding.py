@@ -162,9 +162,13 @@ class VisionEmbedding(nn.Module):
             )
 
     def _nothing(self) -> Tensor:
-        """A zero that depends on every used parameter: the features of one blank crop, times zero."""
+        """A zero that depends on every used parameter: the features of one blank crop, times zero.
+
+        The crop stands for the global view and the one tile of a picture and takes the pictures' way, so that
+        gradients become ready in the same order as theirs: ZeRO-2 flattens them in that order, and where ranks
+        disagree about it, it adds up gradients of different parameters.
+        """
         side = self.config.image_size
         merged = merge_patches(self.img_processor(self.glb_GN.new_zeros(1, 3, side, side)))
-        views = self.glb_GN.to(merged.dtype)
-        tokens = torch.cat([views, end_rows(merged, self.sub_GN)], dim=1)
-        return self.img_projection(tokens[0]).sum() * 0
+        tokens = self._sequences(merged.expand(2, -1, -1, -1), (1, 1), [0])
+        return self.img_projection(tokens.flatten(0, 1)).sum() * 0
