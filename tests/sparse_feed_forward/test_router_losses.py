@@ -56,9 +56,9 @@ def test_losses_equal_loops_over_tokens(masked):
 def test_balance_is_k_when_balanced_and_E_when_collapsed_on_k_experts():
     indices = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]])
     even = RouterOutput(torch.zeros(4, NUM_EXPERTS), indices, torch.ones(4, 2))
-    assert float(load_balancing_loss([even])) == pytest.approx(2.0)
+    assert load_balancing_loss([even]).item() == pytest.approx(2.0)
     collapsed = RouterOutput(torch.tensor([[30.0, 30.0, 0, 0]] * 4), torch.tensor([[0, 1]] * 4), torch.ones(4, 2))
-    assert float(load_balancing_loss([collapsed])) == pytest.approx(4.0)
+    assert load_balancing_loss([collapsed]).item() == pytest.approx(4.0)
 
 
 def test_gradient_pushes_scores_of_crowded_experts_down():
@@ -79,7 +79,7 @@ def test_counts_the_sampled_experts_where_transformers_counts_a_softmax_top2():
     attention_mask[1, :3] = 0
     for one in greedy:  # one layer at a time: transformers pools the layers before it multiplies
         theirs = float(loss((one.logits.detach(),), NUM_EXPERTS, 2, attention_mask))
-        assert float(load_balancing_loss([one], attention_mask)) == pytest.approx(theirs, abs=1e-6)
+        assert load_balancing_loss([one], attention_mask).item() == pytest.approx(theirs, abs=1e-6)
     assert abs(load_balancing_loss(layers).item() - load_balancing_loss(greedy).item()) > 0.1
 
 

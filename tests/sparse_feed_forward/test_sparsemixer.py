@@ -147,15 +147,19 @@ def test_replay_keeps_an_expert_that_new_scores_would_drop():
     router = SparseMixerRouter(4, 4, jitter_eps=0.01).eval()
     with torch.no_grad():
         router.weight.copy_(torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0])))
-    tokens = torch.ones(1, 4)
+    tokens = torch.ones(2, 4)
     recorded = RouterOutput(
-        logits=torch.tensor([[9.0, 1.0, 1.0, 8.9]]),
-        expert_indices=torch.tensor([[0, 3]]),
-        expert_weights=torch.tensor([[1.0, 1.0]]),
+        logits=torch.tensor([[9.0, 1.0, 1.0, 8.9], [8.9, 1.0, 1.0, 9.0]]),
+        expert_indices=torch.tensor([[0, 3], [3, 0]]),
+        expert_weights=torch.ones(2, 2),
     )
     replayed = router(tokens, recorded)
-    # first: experts 0 (kept by force, score 1) and 3 (score 4); second: 3 alone
-    expected = torch.tensor([[1 / (1 + math.exp(3.0)), 1.0]])
+    expected = torch.tensor(
+        [
+            [1 / (1 + math.exp(3.0)), 1.0],  # of experts 0 (score 1, kept by force) and 3 (score 4); then 3 alone
+            [1.0, 1 / (1 + math.exp(2.0))],  # 3 alone; then experts 0 (kept by force) and 2 (score 3)
+        ]
+    )
     torch.testing.assert_close(replayed.expert_weights, expected, rtol=0, atol=1e-6)
 
 
