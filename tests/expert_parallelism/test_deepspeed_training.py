@@ -12,13 +12,29 @@ CONFIG = presets.get("tiny-phi-3.5-moe").replace(initializer_range=0.1, router_j
 STEPS = 5
 
 
-def train(rank, ep_size, zero_stage, checkpointing):
-    """Five steps with routing noise: (parameters, gradient norms, losses)."""
+@torch.no_grad()
+def starve_the_upper_experts(model):
+    """Let every token choose experts 0 and 1, so that the process that holds the others has nothing to do."""
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.bias.fill_(1.0)
+        layer.mlp.router.weight[:2] += 1.0
+        layer.mlp.router.weight[2:] -= 1.0
+
+
+def initial_model(starved):
+    model = CausalLM(CONFIG.replace(experts_backend="loop" if starved else "grouped_mm"))
+    model.init_weights(torch.Generator().manual_seed(0))
+    if starved:
+        starve_the_upper_experts(model)
+    return model
+
+
+def train(rank, ep_size, zero_stage, checkpointing, starved):
+    """Five steps with routing noise: (parameters, gradient norms, losses, experts used)."""
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    model = CausalLM(CONFIG).train()
-    model.init_weights(torch.Generator().manual_seed(0))
+    model = initial_model(starved).train()
     model.gradient_checkpointing = checkpointing
     expert_parallel.shard(model, ep_size)
     groups = [{"params": list(model.parameters()), "name": "all"}]
@@ -39,29 +55,30 @@ def train(rank, ep_size, zero_stage, checkpointing):
             "zero_allow_untested_optimizer": True,
         },
     )
-    norms, losses = [], []
+    norms, losses, used = [], [], set()
     for step in range(STEPS):
         torch.manual_seed(100 * step + rank)  # routing noise and data of this step and rank
         input_ids = torch.randint(CONFIG.vocab_size, (2, 12))
-        loss = engine(input_ids, labels=input_ids).loss
+        output = engine(input_ids, labels=input_ids)
+        loss = output.loss
+        used.update(torch.cat([routing.expert_indices for routing in output.router_outputs]).unique().tolist())
         engine.backward(loss)
         engine.step()
         if zero_stage:
             norms.append(float(engine.get_global_grad_norm()))
         losses.append(loss.item())
-    return dict(model.named_parameters()), norms, losses
+    return dict(model.named_parameters()), norms, losses, used
 
 
 def compare_training(rank, world_size, cases):
     results = {}
-    for name, ep_size, zero_stage, checkpointing in cases:
-        whole, whole_norms, whole_losses = train(rank, 1, zero_stage, checkpointing)
-        sharded, norms, losses = train(rank, ep_size, zero_stage, checkpointing)
+    for name, ep_size, zero_stage, checkpointing, starved in cases:
+        whole, whole_norms, whole_losses, _ = train(rank, 1, zero_stage, checkpointing, starved)
+        sharded, norms, losses, used = train(rank, ep_size, zero_stage, checkpointing, starved)
         assert list(whole) == list(sharded)
         error = moved = 0.0
-        start = CausalLM(CONFIG)
-        start.init_weights(torch.Generator().manual_seed(0))
-        initial = dict(start.named_parameters())
+        initial = dict(initial_model(starved).named_parameters())
+        assert used == ({0, 1} if starved else {0, 1, 2, 3})
         for parameter_name, parameter in sharded.items():
             expected, before = whole[parameter_name].detach(), initial[parameter_name].detach()
             if hasattr(parameter, "expert_shard"):
@@ -77,8 +94,13 @@ def compare_training(rank, world_size, cases):
 
 
 CASES = {
-    2: [(f"ZeRO-{stage}, ep 2", 2, stage, stage == 1) for stage in (0, 1, 2)],
-    4: [("ZeRO-1, ep 2 of 4", 2, 1, False)],
+    2: [
+        ("ZeRO-0, ep 2", 2, 0, False, False),
+        ("ZeRO-1, ep 2, recomputed layers", 2, 1, True, False),
+        ("ZeRO-2, ep 2", 2, 2, False, False),
+        ("ZeRO-2, ep 2, one process without work", 2, 2, False, True),
+    ],
+    4: [("ZeRO-1, ep 2 of 4", 2, 1, False, False)],
 }
 
 
