@@ -15,6 +15,7 @@ from phi35.checkpoint.writer import parse_size, write_json, write_weights
 from phi35.config import ModelConfig
 from phi35.config_io import from_hf_dict, to_generation_dict, to_hf_dict
 from phi35.device import pick_device, pick_dtype
+from phi35.meta_model import meta_model
 from phi35.model import CausalLM
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ def load(
         dtype = pick_dtype(dtype, picked_device)
     folder = find_folder(folder_or_hub_id)
     config = load_config(folder)
-    with torch.device("meta"):
-        model = CausalLM(config)
+    model = meta_model(config)
     stored = read_headers(folder)
     match = match_headers(CheckpointPlan(config, state_shapes(config, model.state_dict())), stored, folder)
     model = _allocate(
@@ -201,9 +201,7 @@ def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
 
     Built on the meta device first, so that no weight is drawn or cast on the way.
     """
-    with torch.device("meta"):
-        model = CausalLM(config)
-    return _allocate(model, device, dtype)
+    return _allocate(meta_model(config), device, dtype)
 
 
 def _allocate(model: CausalLM, device: torch.device, dtype: torch.dtype) -> CausalLM:

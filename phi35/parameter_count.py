@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from phi35.config import ModelConfig
+from phi35.meta_model import meta_model
 from phi35.model import CausalLM
 
 BYTES_PER_VALUE = 2
@@ -35,8 +35,7 @@ def count_parameters(model: CausalLM | ModelConfig) -> ParameterCount:
         model: a model, on any device, or a config, whose model is then built on the meta device.
     """
     if isinstance(model, ModelConfig):
-        with torch.device("meta"):
-            model = CausalLM(model)
+        model = meta_model(model)
     config = model.config
     total = _sum(model.parameters())
     experts = _sum(parameter for name, parameter in model.named_parameters() if ".mlp.experts." in name)

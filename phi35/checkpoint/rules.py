@@ -11,12 +11,13 @@ always stands at the end, so that memory names are accepted on disk as well.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from phi35.config import ModelConfig
+from phi35.meta_model import meta_model
 from phi35.registry import resolve
 
 FIELDS = {"layer": r"\d+", "expert": r"\d+", "kind": r"[^.]+", "rest": r".+"}
@@ -134,13 +135,9 @@ def rules_for(config: ModelConfig) -> tuple[Rule | Ignore, ...]:
 def memory_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's own tensors, without the head that is tied to the embedding.
 
-    The model is built on the meta device: nothing is allocated.
+    Nothing is allocated.
     """
-    from phi35.model import CausalLM
-
-    with torch.device("meta"):
-        model = CausalLM(config)
-    return state_shapes(config, model.state_dict())
+    return state_shapes(config, meta_model(config).state_dict())
 
 
 def state_shapes(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -158,12 +155,18 @@ class CheckpointPlan:
     Args:
         config: the model.
         shapes: memory names and shapes; None asks the model itself.
+        rules: the table; None takes that of the model's family.
     """
 
-    def __init__(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        rules: Sequence[Rule | Ignore] | None = None,
+    ) -> None:
         self.config = config
         self.shapes = dict(memory_shapes(config) if shapes is None else shapes)
-        rules = rules_for(config)
+        rules = rules_for(config) if rules is None else rules
         self._ignored = [_pattern(rule.disk) for rule in rules if isinstance(rule, Ignore)]
         spellings = [(_pattern(rule.memory), rule) for rule in rules if isinstance(rule, Rule)]
         self.spellings: dict[str, list[list[Placement]]] = {}

@@ -211,18 +211,27 @@ def test_a_tied_head_is_written_once_and_read_either_way():
 
 
 def test_transposed_parts_are_placed_and_taken_back():
-    rule = Rule(memory="both.{layer}", disk=("first.{layer}", "second.{layer}"), concat_dim=1, transpose=True)
-    from phi35.checkpoint import rules
-
-    match = rules._pattern(rule.memory).fullmatch("both.3")
+    rules = (
+        Rule(memory="both.{layer}", disk=("first.{layer}", "second.{layer}"), concat_dim=1, transpose=True),
+        Rule(memory="both.{layer}", disk=("whole.{layer}",), leading_ones=0),
+    )
+    plan = CheckpointPlan(presets.get("tiny-phi-3.5-mini"), {"both.3": (4, 6)}, rules)
     whole = torch.arange(24.0).reshape(4, 6)
-    first, second = rules._placements(rule, match, (4, 6), presets.get("tiny-phi-3.5-mini"))
-    assert (first.disk_name, second.disk_name) == ("first.3", "second.3")
-    assert torch.equal(second.view(whole), whole[:, 3:].T)
+    disk = {placement.disk_name: placement.view(whole) for placement in plan.written()}
+    assert torch.equal(disk["first.3"], whole[:, :3].T) and torch.equal(disk["second.3"], whole[:, 3:].T)
     target = torch.zeros(4, 6)
-    for placement in (first, second):
-        placement.view(target).copy_(placement.view(whole).clone())
+    for placement in plan.match({name: tuple(tensor.shape) for name, tensor in disk.items()}).load:
+        placement.view(target).copy_(disk[placement.disk_name])
     assert torch.equal(target, whole)
+    assert [p.disk_name for p in plan.match({"whole.3": (4, 6)}).load] == ["whole.3"]
+    with pytest.raises(ValueError, match="1 missing: second.3"):
+        plan.match({"first.3": (3, 4)})
+
+
+def test_parts_that_do_not_add_up_are_an_error():
+    rules = (Rule(memory="both", disk=("first", "second"), sizes=lambda config: (3, 4)),)
+    with pytest.raises(ValueError, match="both has size 6 along dim 0, its parts add up to 7"):
+        CheckpointPlan(presets.get("tiny-phi-3.5-mini"), {"both": (6, 2)}, rules)
 
 
 def test_every_tensor_of_a_model_has_a_rule():
