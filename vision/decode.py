@@ -54,7 +54,10 @@ def open_image(source: Any) -> Image.Image:
         return _from_path(Path(source))
     if hasattr(source, "read"):
         name = f"file object {getattr(source, 'name', type(source).__name__)!r}"
-        content = source.read()
+        try:
+            content = source.read()
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {error}") from error
         if not isinstance(content, bytes):
             raise ValueError(f"{name} gives {type(content).__name__}, not bytes: open it in binary mode ('rb')")
         return _from_bytes(content, name)
@@ -65,17 +68,21 @@ def open_image(source: Any) -> Image.Image:
 
 
 def _from_path(path: Path) -> Image.Image:
-    if path.is_dir():
-        raise ValueError(f"image {str(path)!r} is a folder: give the path of one picture")
+    shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
+    name = f"image {shown!r}"
+    if str(path).startswith(("http:/", "https:/", "data:")):
+        raise ValueError(f"{name} is an address, and nothing is fetched here: give a path or the picture's bytes")
     try:
+        if path.is_dir():
+            raise ValueError(f"{name} is a folder: give the path of one picture")
         if path.stat().st_size == 0:
-            raise ValueError(f"image {str(path)!r} is an empty file: fetch or write it again")
+            raise ValueError(f"{name} is an empty file: fetch or write it again")
         with path.open("rb") as file:
-            return _decoded(_opened(file, f"image {str(path)!r}"), f"image {str(path)!r}")
+            return _decoded(_opened(file, name), name)
     except FileNotFoundError as error:
-        raise ValueError(f"image {str(path)!r} does not exist (working folder {os.getcwd()!r})") from error
+        raise ValueError(f"{name} does not exist (working folder {os.getcwd()!r})") from error
     except OSError as error:
-        raise ValueError(f"image {str(path)!r} cannot be read: {error}") from error
+        raise ValueError(f"{name} cannot be read: {error.strerror or error}") from error
 
 
 def _from_bytes(content: bytes, name: str) -> Image.Image:

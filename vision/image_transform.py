@@ -9,6 +9,7 @@ narrow to keep one row of pixels is refused by name.
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def resized_size(width: int, height: int, num_crops: int, config: VisionConfig) 
     Raises:
         ValueError: if ``num_crops`` is below 1 or the height comes out as 0.
     """
-    if isinstance(num_crops, bool) or not isinstance(num_crops, int) or num_crops < 1:
+    if isinstance(num_crops, bool) or not isinstance(num_crops, Integral) or num_crops < 1:
         raise ValueError(f"num_crops must be an integer of at least 1, got {num_crops!r}")
     if height < 1 or width < height:
         raise ValueError(f"expected a landscape or square size of at least one pixel, got {width}x{height}")

@@ -169,6 +169,19 @@ def test_missing_files_folders_and_empty_files_are_named(tmp_path):
         open_image(b"")
 
 
+def test_addresses_and_impossible_names_are_refused():
+    for address in ("https://example.org/a.png", "data:image/png;base64," + "A" * 5000):
+        with pytest.raises(ValueError, match="nothing is fetched") as error:
+            open_image(address)
+        assert len(str(error.value)) < 400
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_image("a" * 5000)
+    with pytest.raises(ValueError):
+        open_image("a\0b.png")
+    with open("/dev/null", "wb") as file, pytest.raises(ValueError, match="cannot be read"):
+        open_image(file)
+
+
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
 @pytest.mark.parametrize("kept", [0.2, 0.6])
 def test_truncated_files_are_refused_by_name(tmp_path, format, kept):
