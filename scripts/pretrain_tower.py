@@ -42,7 +42,7 @@ def main() -> None:
         num_workers=args.workers,
         seed=args.seed,
     )
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
     tower, last = pretrain_tower(
         vision, settings, device=args.device, report=lambda values: print(json.dumps(values), flush=True)
     )

@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--pairs", type=int, default=24000, help="two-image samples")
     parser.add_argument("--draws", type=int, default=6, help="visits of a single picture in an epoch")
-    parser.add_argument("--tower-steps", type=int, default=6000)
+    parser.add_argument("--tower-steps", type=int, default=5000)
     parser.add_argument("--patch-size", type=int, default=None, help="of the tower, in place of the preset's")
     parser.add_argument("--no-tower", action="store_true", help="leave out the tower's own supervision")
     parser.add_argument("--seed", type=int, default=0)

@@ -240,7 +240,7 @@ class ShardLoader:
         positions = _Positions(self._position, stride, self.rank * self.batch_size, self.batch_size)
         options: dict[str, Any] = {}
         if self.num_workers:
-            options = {"prefetch_factor": 4, "worker_init_fn": _one_thread}
+            options = {"prefetch_factor": 2, "worker_init_fn": _one_thread}
         loader = DataLoader(
             self.dataset,
             sampler=positions,

@@ -25,7 +25,7 @@ def trained() -> tuple[torch.nn.Module, list[dict]]:
 def test_colors_of_held_out_pictures_get_learned(trained: tuple[torch.nn.Module, list[dict]]) -> None:
     _, reports = trained
     assert reports[-1]["loss"] < 0.85 * reports[0]["loss"]
-    assert reports[-1]["color"] > 0.4  # 1 / 8 by guessing; measured COLOR
+    assert reports[-1]["color"] > 0.4  # 1 / 8 by guessing; measured 0.87
 
 
 def test_training_repeats_exactly() -> None:
