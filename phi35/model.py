@@ -27,8 +27,8 @@ class CausalLM(nn.Module):
 
     Attributes:
         config: the frozen config the model was built from.
-        gradient_checkpointing: recompute each layer in the backward pass (training mode only); the random state
-            is restored, so that routing noise and dropout repeat.
+        gradient_checkpointing: recompute each layer, and each block of an image tower, in the backward pass
+            (training mode only); the random state is restored, so that routing noise and dropout repeat.
         processor: tokenizer and image settings of the folder a model was loaded from (set by ``phi35.load``), so
             that ``phi35.generate`` takes the model alone.
     """
@@ -55,6 +55,8 @@ class CausalLM(nn.Module):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enabled: bool) -> None:
         self.model.gradient_checkpointing = enabled
+        if self.model.vision_embed_tokens is not None:
+            self.model.vision_embed_tokens.gradient_checkpointing = enabled
 
     @property
     def device(self) -> torch.device:

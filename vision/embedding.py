@@ -48,6 +48,15 @@ class VisionEmbedding(nn.Module):
         """Parameters that the features do not depend on (the tower's last block and final norm)."""
         return tuple(f"img_processor.{name}" for name in self.img_processor.unused_parameter_names)
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether each block of the tower is recomputed in the backward pass."""
+        return self.img_processor.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.img_processor.gradient_checkpointing = enabled
+
     def forward(
         self,
         input_ids: Tensor,

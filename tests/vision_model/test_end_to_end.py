@@ -145,3 +145,17 @@ def test_image_features_are_those_the_decoder_reads(model, batch):
         expected = model(**inputs).logits
         given = model(inputs_embeds=inside, attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(given, expected, atol=1e-6, rtol=0)  # measured: 0
+
+
+def test_checkpointing_the_model_reaches_the_tower_and_changes_no_gradient(batch: dict[str, Tensor]) -> None:
+    model = CausalLM(CONFIG).train()
+    randomise(model)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    grads = []
+    for enabled in (False, True):
+        model.gradient_checkpointing = enabled
+        assert model.model.vision_embed_tokens.img_processor.gradient_checkpointing is enabled
+        model.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*grads, strict=True))
