@@ -17,6 +17,10 @@ DEFAULTS = {
     "learning_rate": 3e-3,
     "output_dir": "runs/train_vision",
 }
+TINY = {
+    "model_overrides": {"vision": {"num_crops": 1}},  # a picture of 64 pixels as two crops, not five
+    "data_options": {"cache_decoded": True},
+}
 
 if __name__ == "__main__":
-    sys.exit(run(DEFAULTS))
+    sys.exit(run(DEFAULTS, with_default_model=TINY))

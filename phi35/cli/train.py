@@ -9,12 +9,19 @@ DESCRIPTION = """Train a model of the family. Every setting has a default; give 
 launchers and without one."""
 
 
-def run(defaults: dict[str, Any], arguments: Sequence[str] | None = None, description: str = DESCRIPTION) -> int:
+def run(
+    defaults: dict[str, Any],
+    arguments: Sequence[str] | None = None,
+    *,
+    with_default_model: dict[str, Any] | None = None,
+    description: str = DESCRIPTION,
+) -> int:
     """Parses arguments, trains, and reports a user's mistakes as one line.
 
     Args:
         defaults: fields of ``TrainingConfig`` below what the user gives.
         arguments: command line; None takes the process's.
+        with_default_model: further defaults, which hold only where the user leaves the default model.
         description: shown by --help.
 
     Returns:
@@ -30,6 +37,8 @@ def run(defaults: dict[str, Any], arguments: Sequence[str] | None = None, descri
         ready = read_deepspeed_file(options.deepspeed_config) if options.deepspeed_config else None
         below = {**defaults, **(config_fields(ready) if ready else {})}
         config = read_config(options.config, options.overrides, below)
+        if with_default_model and config.model == defaults["model"]:
+            config = read_config(options.config, options.overrides, {**with_default_model, **below})
         train(config, ready, options.device)
     except ValueError as error:
         print(f"error: {error}")

@@ -1,7 +1,8 @@
 """Text as packed samples: files to tokens once, tokens to samples by position.
 
-The stream of samples is fixed by the files and the seed alone: sample k is the k-th window of ``sequence_length``
-tokens of the concatenated files, beginning again at the end. Micro-batch t of rank r takes samples
+The stream of samples is fixed by the files and the seed alone: a sample is a window of ``sequence_length`` tokens of
+the concatenated files; windows are shuffled within stretches of ``SHUFFLED`` and begin again, in another order, at the
+end. Micro-batch t of rank r takes samples
 [t m W + r m, +m) for micro-batches of m on W ranks, so that a global batch holds the same samples for any number of
 ranks, and a position in the stream is one number.
 """
@@ -20,6 +21,8 @@ import torch
 
 from phi35.config import ModelConfig
 
+SHUFFLED = 4096
+"""Windows shuffled together. Stretches, not the whole, so that a longer run continues a shorter one's stream."""
 TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst")
 
 
@@ -32,20 +35,30 @@ class TextSource:
         micro_batch_size: samples of a micro-batch.
         rank: this rank.
         world_size: number of ranks.
+        seed: of the order.
 
     Raises:
         ValueError: if there are fewer tokens than one sample needs.
     """
 
     def __init__(
-        self, tokens: np.ndarray, *, sequence_length: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        tokens: np.ndarray,
+        *,
+        sequence_length: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
     ) -> None:
         self.num_samples = len(tokens) // sequence_length
         if self.num_samples == 0:
             raise ValueError(f"the data holds {len(tokens)} tokens, fewer than one sample of {sequence_length}")
         self.tokens, self.sequence_length = tokens, sequence_length
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
+        self.seed = seed
         self._position = 0
+        self._order: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.zeros(0, dtype=np.int64))
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
@@ -56,7 +69,13 @@ class TextSource:
             yield {"input_ids": input_ids, "labels": input_ids.clone()}
 
     def _sample(self, index: int) -> np.ndarray:
-        start = (index % self.num_samples) * self.sequence_length
+        epoch, place = divmod(index, self.num_samples)
+        stretch, offset = divmod(place, SHUFFLED)
+        if self._order[0] != (epoch, stretch):
+            size = min(SHUFFLED, self.num_samples - stretch * SHUFFLED)
+            order = np.random.default_rng([self.seed, epoch, stretch]).permutation(size)
+            self._order = ((epoch, stretch), order)
+        start = (stretch * SHUFFLED + int(self._order[1][offset])) * self.sequence_length
         return self.tokens[start : start + self.sequence_length]
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,7 +127,7 @@ def open_text(
     files = text_files(data)
     random.Random(seed).shuffle(files)
     tokenizer = getattr(processor, "tokenizer", processor)
-    needed = num_samples * sequence_length
+    needed = -(-num_samples // SHUFFLED) * SHUFFLED * sequence_length
     path = cache_folder / f"tokens-{_fingerprint(files, tokenizer, needed)}.npy"
     if rank == 0 and not path.exists():
         _tokenize(files, tokenizer, model_config, needed, path)
@@ -119,6 +138,7 @@ def open_text(
         micro_batch_size=micro_batch_size,
         rank=rank,
         world_size=world_size,
+        seed=seed,
     )
 
 

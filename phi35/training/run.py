@@ -257,7 +257,7 @@ def _open_data(
     if data == "easy-vqa":
         data = str(folder / "cache" / "easy-vqa-train")
         if place.is_main and not any(Path(data).glob("*.tar")):
-            resolve("vision.easy_vqa_shards:prepare")(data, "train", num_pairs=4000)
+            resolve("vision.easy_vqa_shards:prepare")(data, "train", num_pairs=1000)
         place.barrier()
     return resolve(config.data_source or "vision.data:open_source")(data, **common)
 
