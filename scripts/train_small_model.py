@@ -44,8 +44,8 @@ def main() -> None:
         with times.stage("training"):
             train({**settings, "max_steps": steps, "warmup_steps": min(400, steps // 20 + 1)}, run, args.device)
     with times.stage("evaluation"):
-        scores = finish(run, model, args.device)
-    write_card(model, run, scores, times)
+        scores = finish(run, model, args.device, args.eval_limit)
+    write_card(model, run, scores, times, args.commit)
     size = sum(path.stat().st_size for path in model.iterdir()) / 1e6
     print(f"{model}: {size:.2f} MB, {json.dumps(scores)}")
     if size > MAX_MEGABYTES:
@@ -75,6 +75,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--patch-size", type=int, default=None, help="of the tower, in place of the preset's")
     parser.add_argument("--no-tower", action="store_true", help="leave out the tower's own supervision")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eval-limit", type=int, default=None, help="most questions of each kind; by default all")
+    parser.add_argument("--commit", default=None, help="named in the card where the machine has no git history")
     parser.add_argument("--install", action="store_true", help="copy the model into the package")
     args = parser.parse_args()
     if args.steps is None and args.minutes <= 0:
@@ -181,7 +183,7 @@ def calibrated_steps(args: argparse.Namespace, settings: dict[str, Any], folder:
     return steps
 
 
-def finish(run: Path, model: Path, device: str | None) -> dict[str, Any]:
+def finish(run: Path, model: Path, device: str | None, limit: int | None) -> dict[str, Any]:
     """Writes the bfloat16 model folder and scores what it holds, loaded as float32."""
     from tqdm import tqdm
 
@@ -193,7 +195,7 @@ def finish(run: Path, model: Path, device: str | None) -> dict[str, Any]:
     phi35.save(loaded, processor, model)
     loaded, processor = phi35.load(model, device=device, dtype="float32")
     with tqdm(unit=" questions", mininterval=5) as bar:
-        result = evaluate(loaded, processor, progress=lambda done, total: bar.update(done - bar.n))
+        result = evaluate(loaded, processor, limit=limit, progress=lambda done, total: bar.update(done - bar.n))
     print(render(table(result)))
     for mistake in result.mistakes[:20]:
         print(json.dumps(mistake))
@@ -202,7 +204,7 @@ def finish(run: Path, model: Path, device: str | None) -> dict[str, Any]:
     return {name: value for name, value in scores.items() if name != "table"}
 
 
-def write_card(model: Path, run: Path, scores: dict[str, Any], times: Stopwatch) -> None:
+def write_card(model: Path, run: Path, scores: dict[str, Any], times: Stopwatch, revision: str | None) -> None:
     """The model's README.md: data, command, time, scores."""
     import torch
 
@@ -221,7 +223,7 @@ def write_card(model: Path, run: Path, scores: dict[str, Any], times: Stopwatch)
         tower_layers=config.vision.num_hidden_layers if config.vision else 0,
         patch=config.vision.patch_size if config.vision else 0,
         command=shlex.join(["python", "scripts/train_small_model.py", *sys.argv[1:]]),
-        commit=commit(),
+        commit=revision or commit() or "unknown",
         device=device,
         torch=torch.__version__,
         steps=steps,

@@ -156,6 +156,7 @@ def pretrain_tower(
         raise ValueError(f"the pictures are {data.images[0].shape[:2]}, a crop is {vision.image_size} pixels wide")
     torch.manual_seed(settings.seed)
     tower = ClipVisionTower(vision)
+    assert tower.pos_embed is not None
     with torch.no_grad():
         tower.pos_embed[0, 1:] = 0.5 * sine_positions(vision.grid_size, vision.hidden_size)
     tower.to(device)
