@@ -102,7 +102,7 @@ def load_parameters(model: nn.Module, reader: CheckpointReader) -> None:
     Raises:
         ValueError: with all missing, unknown and misshapen tensors.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Any] = dict(model.named_parameters())
     stored = reader.names(PARAMETER)
     problems = [f"missing {name}" for name in sorted(set(parameters) - stored)]
     problems += [f"unknown {name}" for name in sorted(stored - set(parameters))]

@@ -28,6 +28,7 @@ KNOWN_KEYS = {
     "zero_optimization",
     "communication_data_type",
     "use_data_before_expert_parallelism",
+    "timers",
     "comms_logger",
     "flops_profiler",
     "memory_breakdown",
@@ -56,6 +57,7 @@ def to_deepspeed(config: TrainingConfig, world_size: int, device_type: str = "cp
         "gradient_clipping": config.gradient_clipping,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},  # it would wait for the GPU each step
         "zero_allow_untested_optimizer": True,
         "zero_optimization": _zero(config, device_type),
     }

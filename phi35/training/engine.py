@@ -140,8 +140,7 @@ class Engine:
         norm = global_gradient_norm(parameters)
         self.deepspeed._global_grad_norm = norm
         factor = (self.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
-        gradients = [parameter.grad for parameter in parameters]
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
 
 
 def _gather_whole_sparse_layers(model: Any) -> None:

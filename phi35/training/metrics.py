@@ -72,10 +72,15 @@ class Metrics:
         if norm is not None:
             names.append("gradient_norm")
             values.append(torch.as_tensor(norm, dtype=torch.float32, device=device).reshape(1) / world_size)
-        names.append("tokens")
-        values.append(torch.as_tensor(num_tokens, dtype=torch.float32, device=device).reshape(1) / world_size)
-        counts = [expert_counts(one, mask) for one, mask in zip(result.outputs, attention_masks, strict=True)]
-        host = {"step": step, "learning_rate": learning_rate, "samples": num_samples}
+        if isinstance(num_tokens, torch.Tensor):
+            names.append("tokens")
+            values.append(num_tokens.reshape(1) / world_size)
+        counts: list[torch.Tensor | None] = [
+            expert_counts(one, mask) for one, mask in zip(result.outputs, attention_masks, strict=True)
+        ]
+        host: dict[str, Any] = {"step": step, "learning_rate": learning_rate, "samples": num_samples}
+        if not isinstance(num_tokens, torch.Tensor):
+            host["tokens"] = num_tokens
         if counts and counts[0] is not None:
             summed = torch.stack(counts).sum(dim=0)
             host["expert_shape"] = list(summed.shape)

@@ -74,7 +74,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
             continue
         part, decayed = part_of(name), is_decayed(name, parameter, config)
         peak = config.learning_rates.get(part, config.learning_rate)
-        expert_group = None if getattr(parameter, "allreduce", True) else parameter.group_name  # type: ignore[union-attr]
+        expert_group = None if getattr(parameter, "allreduce", True) else getattr(parameter, "group_name")  # noqa: B009
         key = (expert_group, peak, decayed)
         if key not in groups:
             label = expert_group or f"{'decayed' if decayed else 'plain'}-{peak:g}"

@@ -18,7 +18,7 @@ def seed_everything(seed: int, rank: int, step: int = 0) -> None:
 def random_state() -> dict[str, torch.Tensor]:
     """What the generators of this process hold."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state()
     assert version == 3 and name == "MT19937"
     state = {
         "python": torch.tensor(words, dtype=torch.int64),

@@ -87,14 +87,7 @@ def train(
     model = build_model(config, model_config, reader)
     source = _open_data(config, model_config, processor, place, folder)
     engine = Engine(model, config, place, deepspeed_file)
-    first_step = 0
-    if reader is not None:
-        checkpoint.load_optimizer(engine, reader)
-        source.load_state_dict(reader.trainer["data"])
-        first_step = int(reader.trainer["step"])
-        checkpoint.load_random_state(reader, place, config.seed)
-    else:
-        seed_everything(config.seed, place.rank)
+    first_step = _restore(engine, source, reader)
     metrics = Metrics(
         folder, place, max_steps=config.max_steps, first_step=first_step, log_interval=config.log_interval
     )
@@ -105,7 +98,9 @@ def train(
     }
     last = run_steps(engine, source, metrics, first_step, folder / "checkpoints", state)
     metrics.close()
-    return _finish(config, place, processor, metrics, folder, last) if place.is_main else _wait(place)
+    summary = _finish(config, processor, metrics, folder, last) if place.is_main else None
+    place.barrier()  # until rank 0 has exported
+    return summary
 
 
 def run_steps(
@@ -229,6 +224,18 @@ def commit() -> str | None:
     return described.stdout.strip() or None if described.returncode == 0 else None
 
 
+def _restore(engine: Engine, source: Any, reader: CheckpointReader | None) -> int:
+    """Puts optimizer, data and random state where the checkpoint left them; returns the updates made."""
+    config, place = engine.config, engine.environment
+    if reader is None:
+        seed_everything(config.seed, place.rank)
+        return 0
+    checkpoint.load_optimizer(engine, reader)
+    source.load_state_dict(reader.trainer["data"])
+    checkpoint.load_random_state(reader, place, config.seed)
+    return int(reader.trainer["step"])
+
+
 def _open_data(
     config: TrainingConfig, model_config: ModelConfig, processor: Any, place: Environment, folder: Path
 ) -> Any:
@@ -296,9 +303,7 @@ def _sum_over_ranks(value: int, place: Environment) -> torch.Tensor | int:
     return total.clamp(min=1)
 
 
-def _finish(
-    config: TrainingConfig, place: Environment, processor: Any, metrics: Metrics, folder: Path, last: Path
-) -> RunSummary:
+def _finish(config: TrainingConfig, processor: Any, metrics: Metrics, folder: Path, last: Path) -> RunSummary:
     history = metrics.history
     written = {"config": folder / "training_config.yaml", "metrics": metrics.path, "checkpoint": last}
     if history:
@@ -309,7 +314,6 @@ def _finish(
 
         written["model"] = folder / "model"
         export(last, written["model"], processor=processor, verify=False)
-    place.barrier()
     later = history[len(history) // 2 :]
     summary = RunSummary(
         config=config,
@@ -324,7 +328,3 @@ def _finish(
     for name, path in summary.written.items():
         print(f"  {name:<11} {path}", flush=True)
     return summary
-
-
-def _wait(place: Environment) -> None:
-    place.barrier()  # until rank 0 has exported
