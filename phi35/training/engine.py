@@ -1,5 +1,7 @@
 """A model under DeepSpeed: sharding of experts, optimizer, ZeRO, and a gradient norm that is exact everywhere."""
 
+import contextlib
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +72,15 @@ class Engine:
             _gather_whole_sparse_layers(model)
         # A tuple is what DeepSpeed looks into for the tensors whose gradients announce the backward pass.
         model.register_forward_hook(lambda module, inputs, output: (output.loss, output))
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self.deepspeed_config, dist_init_required=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory reports that nobody asked for
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=self.deepspeed_config, dist_init_required=False
+            )
         self.base_optimizer = optimizer
         if config.zero_stage == 0:
+            self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self.deepspeed.clip_fp32_gradients = self._clip
+            self.deepspeed.zero_grad = self._zero_grad
             if environment.world_size == 1:
                 self.deepspeed.enable_backward_allreduce = False  # it would copy every gradient twice
         model.train()
@@ -134,9 +139,14 @@ class Engine:
     def _gradient_norm(self) -> torch.Tensor | float | None:
         return getattr(self.deepspeed, "_global_grad_norm", None)
 
+    def _zero_grad(self) -> None:
+        """DeepSpeed's own walks over the whole module tree at every step."""
+        for parameter in self._trained:
+            parameter.grad = None
+
     def _clip(self) -> None:
         """Clips at stage 0 by the exact global norm; DeepSpeed's own averages the ranks' norms of the experts."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        parameters = [parameter for parameter in self._trained if parameter.grad is not None]
         norm = global_gradient_norm(parameters)
         self.deepspeed._global_grad_norm = norm
         factor = (self.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)

@@ -75,7 +75,7 @@ class Metrics:
         if isinstance(num_tokens, torch.Tensor):
             names.append("tokens")
             values.append(num_tokens.reshape(1) / world_size)
-        counts: list[torch.Tensor | None] = [
+        counts: list[Any] = [
             expert_counts(one, mask) for one, mask in zip(result.outputs, attention_masks, strict=True)
         ]
         host: dict[str, Any] = {"step": step, "learning_rate": learning_rate, "samples": num_samples}
