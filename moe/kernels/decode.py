@@ -21,24 +21,16 @@ class DecodeConfig:
     """Tile sizes of the two products.
 
     Attributes:
-        up_columns: gate (and as many up) columns per program of the first product.
-        up_depth: depth per pipeline stage there.
-        up_warps: warps per program there.
-        up_stages: pipeline depth there.
-        down_columns: columns per program of the second product.
-        down_depth: depth per pipeline stage there.
-        down_warps: warps per program there.
-        down_stages: pipeline depth there.
+        columns: columns of down_proj's product per program, and gate and up columns each.
+        depth: depth per pipeline stage.
+        num_warps: warps per program.
+        num_stages: pipeline depth.
     """
 
-    up_columns: int = 16
-    up_depth: int = 256
-    up_warps: int = 4
-    up_stages: int = 4
-    down_columns: int = 16
-    down_depth: int = 256
-    down_warps: int = 4
-    down_stages: int = 4
+    columns: int = 32
+    depth: int = 256
+    num_warps: int = 4
+    num_stages: int = 3
 
 
 def decode_experts(
@@ -57,12 +49,15 @@ def decode_experts(
     num_pairs = num_tokens * top_k
     device = hidden_states.device
     out = torch.empty((num_tokens, hidden_size), dtype=hidden_states.dtype, device=device)
+    if num_tokens == 0:
+        return out
     acted = torch.empty((num_pairs, width), dtype=hidden_states.dtype, device=device)
     mixed = torch.empty((num_pairs, hidden_size), dtype=torch.float32, device=device)
     hidden_states, expert_indices = hidden_states.contiguous(), expert_indices.contiguous()
     slots = max(16, triton.next_power_of_2(num_tokens))
-    pairs = triton.next_power_of_2(max(num_pairs, 2))
-    _decode_up_kernel[(triton.cdiv(width, config.up_columns), num_experts)](
+    # Two sizes, so that a growing batch does not compile anew at every step.
+    pairs = 32 if num_pairs <= 32 else max(128, triton.next_power_of_2(num_pairs))
+    _decode_up_kernel[(triton.cdiv(width, config.columns), num_experts)](
         hidden_states,
         gate_up_proj,
         acted,
@@ -74,12 +69,12 @@ def decode_experts(
         TOP_K=top_k,
         SLOTS=slots,
         PAIRS=pairs,
-        COLUMNS=config.up_columns,
-        DEPTH=min(config.up_depth, triton.next_power_of_2(hidden_size)),
-        num_warps=config.up_warps,
-        num_stages=config.up_stages,
+        COLUMNS=config.columns,
+        DEPTH=min(config.depth, triton.next_power_of_2(hidden_size)),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
-    _decode_down_kernel[(triton.cdiv(hidden_size, config.down_columns), num_experts)](
+    _decode_down_kernel[(triton.cdiv(hidden_size, config.columns), num_experts)](
         acted,
         down_proj,
         mixed,
@@ -90,10 +85,10 @@ def decode_experts(
         width,
         SLOTS=slots,
         PAIRS=pairs,
-        COLUMNS=config.down_columns,
-        DEPTH=min(config.down_depth, triton.next_power_of_2(width)),
-        num_warps=config.down_warps,
-        num_stages=config.down_stages,
+        COLUMNS=config.columns,
+        DEPTH=min(config.depth, triton.next_power_of_2(width)),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     chunk = min(512, triton.next_power_of_2(hidden_size))
     _sum_choices_kernel[(num_tokens, triton.cdiv(hidden_size, chunk))](

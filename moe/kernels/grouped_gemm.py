@@ -37,7 +37,7 @@ class GemmConfig:
     num_warps: int = 8
     num_stages: int = 3
     group: int = 16
-    flatten: bool = True
+    flatten: bool = False
 
 
 def rows_by_experts(
@@ -60,7 +60,7 @@ def rows_by_experts(
     out = torch.empty((rows.shape[0], columns), dtype=rows.dtype, device=rows.device)
     block_n = min(config.block_n, triton.next_power_of_2(columns))
     weight_block = [1, block_n, config.block_k] if transposed else [1, config.block_k, block_n]
-    _rows_by_experts_kernel[(_num_programs(rows.device),)](
+    _rows_by_experts_kernel[(num_programs(rows.device),)](
         TensorDescriptor.from_tensor(rows, [plan.align, config.block_k]),
         TensorDescriptor.from_tensor(weights, weight_block),
         TensorDescriptor.from_tensor(out, [plan.align, block_n]),
@@ -74,7 +74,7 @@ def rows_by_experts(
         BLOCK_N=block_n,
         BLOCK_K=config.block_k,
         GROUP=config.group,
-        PROGRAMS=_num_programs(rows.device),
+        PROGRAMS=num_programs(rows.device),
         FLATTEN=config.flatten,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -103,7 +103,7 @@ def rows_by_experts_gated(
     out = torch.empty((rows.shape[0], width), dtype=rows.dtype, device=rows.device)
     gate_up = torch.empty((rows.shape[0], double) if save else (1, 2, width), dtype=rows.dtype, device=rows.device)
     half = min(config.block_n // 2, triton.next_power_of_2(width))
-    _rows_by_experts_gated_kernel[(_num_programs(rows.device),)](
+    _rows_by_experts_gated_kernel[(num_programs(rows.device),)](
         TensorDescriptor.from_tensor(rows, [plan.align, config.block_k]),
         TensorDescriptor.from_tensor(gate_up_proj.view(num_experts, 2, width, depth), [1, 2, half, config.block_k]),
         TensorDescriptor.from_tensor(out, [plan.align, half]),
@@ -119,7 +119,7 @@ def rows_by_experts_gated(
         HALF_N=half,
         BLOCK_K=config.block_k,
         GROUP=config.group,
-        PROGRAMS=_num_programs(rows.device),
+        PROGRAMS=num_programs(rows.device),
         FLATTEN=config.flatten,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -134,7 +134,7 @@ def rows_by_rows(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, con
     out = torch.empty((num_experts, height, columns), dtype=left.dtype, device=left.device)
     block_m = min(TILE_ROWS, triton.next_power_of_2(height))
     block_n = min(config.block_n, triton.next_power_of_2(columns))
-    _rows_by_rows_kernel[(_num_programs(left.device),)](
+    _rows_by_rows_kernel[(num_programs(left.device),)](
         TensorDescriptor.from_tensor(left, [config.block_k, block_m]),
         TensorDescriptor.from_tensor(right, [config.block_k, block_n]),
         TensorDescriptor.from_tensor(out, [1, block_m, block_n]),
@@ -147,7 +147,7 @@ def rows_by_rows(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, con
         BLOCK_N=block_n,
         BLOCK_K=config.block_k,
         GROUP=config.group,
-        PROGRAMS=_num_programs(left.device),
+        PROGRAMS=num_programs(left.device),
         FLATTEN=config.flatten,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -160,7 +160,7 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _num_programs(device: torch.device) -> int:
+def num_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 2  # Triton's interpreter
     return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)

@@ -4,15 +4,15 @@ As ``torch.library`` operators they go through torch.compile and CUDA graphs who
 the host. Backward keeps the sorted rows and the first product; the gated rows are computed again from it.
 """
 
-from collections.abc import Sequence
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from moe.kernels import decode, grouped_gemm, rows, tuning
-from moe.kernels.routing import RoutingPlan, padded_rows, plan_routing
-
-_SAVED = 7
+from moe.kernels.hopper_config import HopperConfig
+from moe.kernels.routing import RoutingPlan, padded_rows, plan_routing, plan_size
 
 
 @torch.library.custom_op("phi35_moe::experts_forward", mutates_args=())
@@ -24,16 +24,7 @@ def experts_forward(
     down_proj: torch.Tensor,
     hidden_act: str,
     save: bool,
-) -> tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weighted sum of each token's experts.
 
     Args:
@@ -43,26 +34,27 @@ def experts_forward(
         gate_up_proj: (E, 2F, D), gate first.
         down_proj: (E, D, F).
         hidden_act: "silu" or "gelu".
-        save: return what the backward pass needs; else those seven are empty.
+        save: return what the backward pass needs; else those three are empty.
 
     Returns:
-        (N, D); then sorted rows (P, D), gate and up rows (P, 2F), and the routing plan's five tensors.
+        (N, D); then sorted rows (P, D), gate and up rows (P, 2F), and the routing plan's buffer.
     """
     num_tokens, top_k = expert_indices.shape
-    nothing = [hidden_states.new_empty(0), hidden_states.new_empty(0)]
-    nothing += [torch.empty(0, dtype=torch.int32, device=hidden_states.device) for _ in range(5)]
-    if num_tokens == 0 and not save:
-        return torch.zeros_like(hidden_states), *nothing
     if not save and num_tokens <= decode.MAX_TOKENS:
         config = tuning.choose_decode(num_tokens)
         out = decode.decode_experts(
             hidden_states, expert_indices, expert_weights, gate_up_proj, down_proj, hidden_act, config
         )
-        return out, *nothing
-    how = tuning.choose(expert_indices.numel(), hidden_states.dtype, hidden_states.device)
-    plan = plan_routing(expert_indices, gate_up_proj.shape[0], grouped_gemm.TILE_ROWS)
+        return out, *_nothing(hidden_states)
+    num_experts, _, width = down_proj.shape
+    how = tuning.choose(hidden_states.dtype, hidden_states.device, (hidden_states.shape[1], width), hidden_act)
+    plan = plan_routing(expert_indices, num_experts, grouped_gemm.TILE_ROWS)
     sorted_rows = rows.gather_rows(hidden_states, plan, top_k)
-    if how.up is None:
+    if isinstance(how.up, HopperConfig):
+        acted, gate_up = _hopper("hopper_gemm").rows_by_experts_gated(
+            sorted_rows, gate_up_proj, plan, how.up, save=save
+        )
+    elif how.up is None:
         gate_up = _torch_rows(sorted_rows, gate_up_proj.transpose(1, 2), plan)
         acted = rows.gate_rows(gate_up, plan, hidden_act)
     else:
@@ -70,12 +62,12 @@ def experts_forward(
             sorted_rows, gate_up_proj, plan, hidden_act, how.up, save=save
         )
     if not save:
-        del sorted_rows, gate_up
+        sorted_rows, gate_up, _ = _nothing(hidden_states)
     mixed = _rows_by_experts(acted, down_proj, plan, True, how.down)
     out = rows.combine_rows(mixed, plan, top_k, expert_weights, hidden_states.dtype)
     if not save:
-        return out, *nothing
-    return out, sorted_rows, gate_up, plan.places, plan.sources, plan.starts, plan.counts, plan.tile_experts
+        return out, *_nothing(hidden_states)
+    return out, sorted_rows, gate_up, plan.buffer
 
 
 @experts_forward.register_fake
@@ -87,18 +79,19 @@ def _(
     down_proj: torch.Tensor,
     hidden_act: str,
     save: bool,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    if not save:
+        return out, *_nothing(hidden_states)
     num_experts, double, hidden_size = gate_up_proj.shape
     num_pairs = expert_indices.shape[0] * expert_indices.shape[1]
-    align = grouped_gemm.TILE_ROWS
-    num_rows = padded_rows(num_pairs, num_experts, align)
-    rows_shape, gate_shape = ((num_rows, hidden_size), (num_rows, double)) if save else ((0,), (0,))
-    sizes = (num_pairs, num_rows, num_experts + 1, num_experts, num_rows // align) if save else (0,) * 5
+    num_rows = padded_rows(num_pairs, num_experts, grouped_gemm.TILE_ROWS)
+    size = plan_size(num_pairs, num_experts, grouped_gemm.TILE_ROWS)
     return (
-        torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
-        hidden_states.new_empty(rows_shape),
-        hidden_states.new_empty(gate_shape),
-        *(hidden_states.new_empty((size,), dtype=torch.int32) for size in sizes),
+        out,
+        hidden_states.new_empty((num_rows, hidden_size)),
+        hidden_states.new_empty((num_rows, double)),
+        hidden_states.new_empty((size,), dtype=torch.int32),
     )
 
 
@@ -108,7 +101,9 @@ def experts_backward(
     expert_weights: torch.Tensor,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
-    saved: Sequence[torch.Tensor],
+    sorted_rows: torch.Tensor,
+    gate_up: torch.Tensor,
+    plan_buffer: torch.Tensor,
     hidden_act: str,
     input_wanted: bool,
     weights_wanted: bool,
@@ -120,15 +115,17 @@ def experts_backward(
         expert_weights: (N, k).
         gate_up_proj: (E, 2F, D).
         down_proj: (E, D, F).
-        saved: the seven tensors that forward returned.
+        sorted_rows: (P, D) from forward.
+        gate_up: (P, 2F) from forward.
+        plan_buffer: the routing plan's buffer from forward.
         hidden_act: "silu" or "gelu".
         input_wanted: compute the gradient to hidden_states; else it is empty.
         weights_wanted: compute those to gate_up_proj and down_proj; else they are empty.
     """
-    sorted_rows, gate_up, *plan_tensors = saved
-    plan = RoutingPlan(*plan_tensors, align=grouped_gemm.TILE_ROWS)
+    num_experts, hidden_size, width = down_proj.shape
     top_k = expert_weights.shape[1]
-    how = tuning.choose(expert_weights.numel(), grad.dtype, grad.device)
+    plan = RoutingPlan.view(plan_buffer, expert_weights.numel(), num_experts, grouped_gemm.TILE_ROWS)
+    how = tuning.choose(grad.dtype, grad.device, (hidden_size, width), hidden_act)
     upstream = rows.gather_rows(grad, plan, top_k)
     acted_grad = _rows_by_experts(upstream, down_proj, plan, False, how.down_rows)
     gate_up_grad, acted, expert_weights_grad = rows.gate_rows_backward(
@@ -153,7 +150,9 @@ def _(
     expert_weights: torch.Tensor,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
-    saved: Sequence[torch.Tensor],
+    sorted_rows: torch.Tensor,
+    gate_up: torch.Tensor,
+    plan_buffer: torch.Tensor,
     hidden_act: str,
     input_wanted: bool,
     weights_wanted: bool,
@@ -177,12 +176,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     grad = grads[0]
     if grad is None:
-        return (None,) * _SAVED
-    expert_weights, gate_up_proj, down_proj, *saved = ctx.saved_tensors
+        return (None,) * 7
+    expert_weights, gate_up_proj, down_proj, sorted_rows, gate_up, plan_buffer = ctx.saved_tensors
     wants = ctx.needs_input_grad
     weights_wanted = wants[3] or wants[4]
     input_grad, weights_grad, up_grad, down_grad = experts_backward(
-        grad, expert_weights, gate_up_proj, down_proj, saved, ctx.hidden_act, wants[0], weights_wanted
+        grad,
+        expert_weights,
+        gate_up_proj,
+        down_proj,
+        sorted_rows,
+        gate_up,
+        plan_buffer,
+        ctx.hidden_act,
+        wants[0],
+        weights_wanted,
     )
     return (
         input_grad if wants[0] else None,
@@ -198,25 +206,39 @@ def _backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | Non
 experts_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _nothing(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Empty outputs in place of what only the backward pass reads."""
+    return like.new_empty(0), like.new_empty(0), like.new_empty(0, dtype=torch.int32)
+
+
 def _rows_by_experts(
     values: torch.Tensor,
     weights: torch.Tensor,
     plan: RoutingPlan,
     transposed: bool,
-    config: grouped_gemm.GemmConfig | None,
+    config: tuning.ProductConfig,
 ) -> torch.Tensor:
     if config is None:
         return _torch_rows(values, weights.transpose(1, 2) if transposed else weights, plan)
+    if isinstance(config, HopperConfig):
+        return _hopper("hopper_gemm").rows_by_experts(values, weights, plan, transposed, config)
     return grouped_gemm.rows_by_experts(values, weights, plan, transposed, config)
 
 
 def _rows_by_rows(
-    left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, config: grouped_gemm.GemmConfig | None
+    left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, config: tuning.ProductConfig
 ) -> torch.Tensor:
     if config is None:
         return torch._grouped_mm(left.t(), right, offs=plan.starts[1:])
+    if isinstance(config, HopperConfig):
+        return _hopper("hopper_weights").rows_by_rows(left, right, plan, config)
     return grouped_gemm.rows_by_rows(left, right, plan, config)
 
 
 def _torch_rows(values: torch.Tensor, weights: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     return torch._grouped_mm(values, weights, offs=plan.starts[1:])
+
+
+def _hopper(name: str) -> ModuleType:
+    """A module of Gluon kernels, imported where it is used: the dialect is experimental and changes with Triton."""
+    return importlib.import_module(f"moe.kernels.{name}")

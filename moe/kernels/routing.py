@@ -15,11 +15,12 @@ import triton.language as tl
 
 _PAIRS_PER_BLOCK = 512
 _TILES_PER_STEP = 256
+_ALIGNMENT = 4  # elements: views start at multiples of 16 bytes, which Triton's specialisation asks for
 
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """Where every row lies; all tensors int32 on the tokens' device.
+    """Where every row lies; all tensors int32 views of one buffer on the tokens' device.
 
     Attributes:
         places: (N k,) sorted row of pair token * k + choice.
@@ -29,6 +30,7 @@ class RoutingPlan:
         counts: (E,) real rows of each expert.
         tile_experts: (P / align,) expert of each tile of ``align`` rows; undefined past the rows in use.
         align: rows per tile.
+        buffer: what the others are views of.
     """
 
     places: torch.Tensor
@@ -37,11 +39,21 @@ class RoutingPlan:
     counts: torch.Tensor
     tile_experts: torch.Tensor
     align: int
+    buffer: torch.Tensor
 
     @property
     def num_rows(self) -> int:
         """P, the static upper bound of sorted rows."""
         return self.sources.shape[0]
+
+    @classmethod
+    def view(cls, buffer: torch.Tensor, num_pairs: int, num_experts: int, align: int) -> "RoutingPlan":
+        """The plan that lies in a buffer of ``plan_size`` elements."""
+        views, offset = [], 0
+        for size in _sizes(num_pairs, num_experts, align):
+            views.append(buffer[offset : offset + size])
+            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return cls(*views, align=align, buffer=buffer)
 
 
 def padded_rows(num_pairs: int, num_experts: int, align: int) -> int:
@@ -51,31 +63,25 @@ def padded_rows(num_pairs: int, num_experts: int, align: int) -> int:
     return -(-(num_pairs + waste) // align) * align
 
 
+def plan_size(num_pairs: int, num_experts: int, align: int) -> int:
+    """Elements of a plan's buffer."""
+    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in _sizes(num_pairs, num_experts, align))
+
+
 def plan_routing(expert_indices: torch.Tensor, num_experts: int, align: int) -> RoutingPlan:
     """Sort (N, k) expert numbers in [0, E); see ``RoutingPlan``. No host synchronisation."""
     flat = expert_indices.reshape(-1).contiguous()
     num_pairs = flat.numel()
-    num_rows = padded_rows(num_pairs, num_experts, align)
-    num_tiles = num_rows // align
+    size = plan_size(num_pairs, num_experts, align)
     num_blocks = triton.cdiv(num_pairs, _PAIRS_PER_BLOCK)
     width = triton.next_power_of_2(max(num_experts, 2))
-
-    def ints(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=flat.device)
-
-    block_counts = ints(max(num_blocks, 1), width)
-    plan = RoutingPlan(
-        places=ints(num_pairs),
-        sources=ints(num_rows),
-        starts=ints(num_experts + 1),
-        counts=ints(num_experts),
-        tile_experts=ints(num_tiles),
-        align=align,
-    )
+    # One allocation for the plan: eight would cost the host more than the kernels take.
+    plan = RoutingPlan.view(torch.empty(size, dtype=torch.int32, device=flat.device), num_pairs, num_experts, align)
     if num_pairs == 0:
-        plan.starts.zero_()
-        plan.counts.zero_()
+        plan.buffer.zero_()
         return plan
+    block_counts = torch.empty((num_blocks, width), dtype=torch.int32, device=flat.device)
+    num_tiles = plan.tile_experts.shape[0]
     _count_kernel[(num_blocks,)](flat, block_counts, num_pairs, WIDTH=width, BLOCK=_PAIRS_PER_BLOCK, num_warps=4)
     _plan_kernel[(1,)](
         block_counts,
@@ -96,6 +102,11 @@ def plan_routing(expert_indices: torch.Tensor, num_experts: int, align: int) -> 
         flat, block_counts, plan.places, plan.sources, num_pairs, WIDTH=width, BLOCK=_PAIRS_PER_BLOCK, num_warps=4
     )
     return plan
+
+
+def _sizes(num_pairs: int, num_experts: int, align: int) -> tuple[int, ...]:
+    num_rows = padded_rows(num_pairs, num_experts, align)
+    return num_pairs, num_rows, num_experts + 1, num_experts, num_rows // align
 
 
 @triton.jit
