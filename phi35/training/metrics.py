@@ -107,12 +107,8 @@ class Metrics:
         self._pending = []
         self._since = time.perf_counter()
 
-    def pause(self) -> None:
-        """Leaves the time until ``resume`` out of the speeds (a checkpoint is being written)."""
-        self.flush()
-
-    def resume(self) -> None:
-        """Starts the clock again."""
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last ``flush`` (writing a checkpoint) out of the speeds."""
         self._since = time.perf_counter()
 
     def close(self) -> None:

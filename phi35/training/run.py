@@ -132,7 +132,7 @@ def run_steps(
         if done == config.max_steps or (config.save_interval and done % config.save_interval == 0):
             metrics.flush()
             saved = checkpoint.save(root, done, engine, {**state, "data": source.state_dict()}, config.keep_last)
-            metrics.resume()
+            metrics.restart_clock()
     return saved
 
 
