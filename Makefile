@@ -5,7 +5,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint format clean megablocks
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,10 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Builds MegaBlocks, stk and grouped-gemm from their published sources; needs nvcc and a CUDA build of torch.
+megablocks: install
+	$(BIN)/python scripts/build_megablocks.py $(MEGABLOCKS_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

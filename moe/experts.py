@@ -20,6 +20,9 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+from moe import megablocks_backend
+from moe.kernels import backend as kernels_backend
+
 logger = logging.getLogger(__name__)
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
@@ -192,11 +195,15 @@ def backend_report() -> dict[str, str | None]:
 
 
 def automatic_backend(hidden_states: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> str:
-    """What "auto" stands for with these tensors: "grouped_mm" where it takes them, else "loop".
+    """What "auto" stands for with these tensors: "triton", else "grouped_mm", where they take them, else "loop".
 
-    On a CPU too: there both give the same bits, and over token counts from 1 to 2048 the grouped product's forward
-    and backward pass took 0.75 to 1.03 times the loop's time (float32 and bfloat16, one core, torch 2.14).
+    On a Hopper GPU the kernels were the fastest at every size measured, from one token to 16,384 (docs/moe.md).
+    On a CPU "grouped_mm" and "loop" give the same bits, and over token counts from 1 to 2048 the grouped product's
+    forward and backward pass took 0.75 to 1.03 times the loop's time (float32 and bfloat16, one core, torch 2.14).
     """
+    if hidden_states.device.type == "cuda" and BACKENDS["triton"].missing() is None:
+        if kernels_backend.limit(hidden_states, gate_up_proj, down_proj) is None:
+            return "triton"
     if BACKENDS["grouped_mm"].missing() is None and _grouped_mm_limit(hidden_states, gate_up_proj, down_proj) is None:
         return "grouped_mm"
     return "loop"
@@ -319,10 +326,8 @@ def _say_once(name: str, device_type: str, dtype: torch.dtype) -> None:
 
 
 BACKENDS: dict[str, Backend] = {
-    "megablocks": Backend(
-        run=None, missing=lambda: "this version of the moe package has no MegaBlocks adapter, installed or not"
-    ),
+    "megablocks": Backend(run=megablocks_backend.megablocks, missing=megablocks_backend.missing),
     "grouped_mm": Backend(run=grouped_mm, missing=_grouped_mm_missing),
-    "triton": Backend(run=None, missing=lambda: "this version of the moe package has no Triton kernels"),
+    "triton": Backend(run=kernels_backend.triton_kernels, missing=kernels_backend.missing),
     "loop": Backend(run=loop, missing=lambda: None),
 }

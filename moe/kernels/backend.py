@@ -1,20 +1,22 @@
 """The "triton" experts backend: checks, then the operators of ``moe.kernels.ops``."""
 
+import functools
 import importlib.util
 import os
 
 import torch
 
 
+@torch.compiler.assume_constant_result
 def missing() -> str | None:
     """Why the kernels cannot run on this machine, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_installed():
         return "Triton is not installed (torch's CUDA builds bring it)"
     if _interpreted():
         return None
     if not torch.cuda.is_available():
         return "no CUDA device is visible"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = _capability()
     if major < 9:
         return f"the kernels need compute capability 9.0 (Hopper) or newer, this device has {major}.{minor}"
     return None
@@ -63,6 +65,17 @@ def triton_kernels(
     return experts_forward(hidden_states, expert_indices, expert_weights, gate_up_proj, down_proj, hidden_act, save)[0]
 
 
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
+@torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")

@@ -1,0 +1,111 @@
+"""Runs the Triton kernels on the CPU in Triton's interpreter and prints their errors as JSON.
+
+A process of its own: TRITON_INTERPRET must stand before Triton is imported, and stays.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from moe.experts import loop
+from moe.kernels import routing
+from moe.kernels.backend import triton_kernels
+
+# tokens, k, experts, hidden, ffn, activation, dtype; hidden 40 and ffn 72 end inside a tile.
+CASES: dict[str, tuple[int, int, int, int, int, str, torch.dtype]] = {
+    "many": (20, 2, 3, 64, 96, "silu", torch.float32),
+    "ragged_gelu": (9, 3, 4, 40, 72, "gelu", torch.float32),
+    "one_token": (1, 2, 3, 40, 72, "silu", torch.float32),
+    "half": (12, 2, 3, 64, 96, "silu", torch.float16),
+}
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """||value - reference|| / ||reference||."""
+    return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+def draw(name: str) -> tuple[list[torch.Tensor], torch.Tensor, str]:
+    """Tokens, weights, gate_up_proj, down_proj; expert numbers, the last expert never chosen; activation."""
+    tokens, top_k, experts, hidden, ffn, act, dtype = CASES[name]
+    generator = torch.Generator().manual_seed(7)
+    values = [
+        torch.randn(tokens, hidden, generator=generator),
+        torch.rand(tokens, top_k, generator=generator),
+        torch.randn(experts, 2 * ffn, hidden, generator=generator) * 0.2,
+        torch.randn(experts, hidden, ffn, generator=generator) * 0.2,
+    ]
+    indices = torch.rand(tokens, experts - 1, generator=generator).topk(min(top_k, experts - 1)).indices
+    return [values[0].to(dtype), values[1][:, : indices.shape[1]], *(v.to(dtype) for v in values[2:])], indices, act
+
+
+def compare(name: str) -> dict[str, float]:
+    """Relative errors of the output, its four gradients, and the forward-only (small-batch) path, against the loop."""
+    values, indices, act = draw(name)
+    reference = [value.double().requires_grad_() for value in values]
+    mine = [value.clone().requires_grad_() for value in values]
+    expected = loop(reference[0], indices, *reference[1:], act)
+    out = triton_kernels(mine[0], indices, *mine[1:], act)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(8)).to(out.dtype)
+    expected.backward(upstream.double())
+    out.backward(upstream)
+    with torch.no_grad():
+        small = triton_kernels(values[0], indices, *values[1:], act)
+    errors = {"output": relative(out, expected), "decode": relative(small, expected)}
+    for label, a, b in zip(("hidden_states", "expert_weights", "gate_up", "down"), mine, reference, strict=True):
+        errors[label] = relative(a.grad, b.grad)
+    return errors
+
+
+def plan(pairs: int, experts: int) -> dict[str, Any]:
+    """What a routing plan says, beside what a stable sort says."""
+    indices = torch.randint(0, experts - 1, (pairs, 1), generator=torch.Generator().manual_seed(9))
+    found = routing.plan_routing(indices, experts, 16)
+    flat = indices.flatten()
+    counts = torch.bincount(flat, minlength=experts)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), ((counts + 15) // 16 * 16).cumsum(0)])
+    order = flat.argsort(stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(pairs)) - (counts.cumsum(0) - counts)[flat]
+    used = int(starts[-1])
+    return {
+        "counts": found.counts.tolist() == counts.tolist(),
+        "starts": found.starts.tolist() == starts.tolist(),
+        "places": torch.equal(found.places.long(), starts[flat] + rank),
+        "sources": torch.equal(found.sources[found.places.long()].long(), torch.arange(pairs)),
+        "empty": int((found.sources[:used] == -1).sum()) == used - pairs,
+        "tiles": [int(e) for e in found.tile_experts[: used // 16]]
+        == [e for e in range(experts) for _ in range(int(starts[e + 1] - starts[e]) // 16)],
+    }
+
+
+def frozen_and_compiled() -> dict[str, float]:
+    """Errors with frozen experts, and of a compiled call against the eager one."""
+    values, indices, act = draw("one_token")
+    values[0].requires_grad_()
+    out = triton_kernels(values[0], indices, *values[1:], act)
+    (grad,) = torch.autograd.grad(out.square().sum(), values[0])
+    reference = values[0].detach().double().requires_grad_()
+    expected = loop(reference, indices, *(value.double() for value in values[1:]), act)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), reference)
+    torch._dynamo.reset()
+    compiled = torch.compile(triton_kernels, backend="aot_eager", fullgraph=True)
+    again = compiled(values[0], indices, *values[1:], act)
+    (again_grad,) = torch.autograd.grad(again.square().sum(), values[0])
+    return {
+        "frozen": relative(grad, expected_grad),
+        "compiled": float((again - out).abs().max()),
+        "compiled_grad": float((again_grad - grad).abs().max()),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    report = {name: compare(name) for name in CASES}
+    report["plans"] = {f"{pairs}/{experts}": plan(pairs, experts) for pairs, experts in ((3, 4), (1100, 5))}
+    report["other"] = frozen_and_compiled()
+    json.dump(report, sys.stdout)
