@@ -39,7 +39,7 @@ def test_a_failing_rank_raises_with_its_traceback_and_ends_the_others():
 
 def test_a_hanging_rank_is_named_with_its_stack():
     with pytest.raises(TimeoutError, match="(?s)ranks \\[0\\].*hang_on_rank_zero"):
-        run_distributed(hang_on_rank_zero, 2, timeout=6)
+        run_distributed(hang_on_rank_zero, 2, timeout=3)
 
 
 def test_nested_functions_are_refused():

@@ -78,13 +78,21 @@ def assert_same_tensors(first, second):
 )
 def test_three_steps_and_three_more_equal_six_to_the_bit(text_folder, tmp_path, world_size, changes):
     straight, parted = tmp_path / "straight", tmp_path / "parted"
-    losses = run_distributed(train_and_read, world_size, settings(text_folder, straight, **changes))[0]
-    in_parts = settings(text_folder, parted, **changes, save_interval=3)
-    assert run_distributed(train_and_read, world_size, in_parts)[0] == losses
+    values = settings(text_folder, straight, **changes, save_interval=3)
+    losses = run_distributed(train_and_read, world_size, values)[0]
+    shutil.copytree(straight, parted)
     shutil.rmtree(parted / "checkpoints" / "step-00000006")
-    assert run_distributed(train_and_read, world_size, in_parts)[0] == losses
+    assert run_distributed(train_and_read, world_size, {**values, "output_dir": str(parted)})[0] == losses
     assert sorted(losses) == [1, 2, 3, 4, 5, 6]
     assert_same_tensors(straight / "checkpoints" / "step-00000006", parted / "checkpoints" / "step-00000006")
+
+
+def test_saving_changes_nothing(text_folder, tmp_path):
+    changes = {"zero_stage": 1, "dtype": "bfloat16", "model_overrides": NOISY}
+    seldom = run_distributed(train_and_read, 1, settings(text_folder, tmp_path / "a", **changes))
+    often = run_distributed(train_and_read, 1, settings(text_folder, tmp_path / "b", **changes, save_interval=1))
+    assert seldom == often
+    assert_same_tensors(tmp_path / "a/checkpoints/step-00000006", tmp_path / "b/checkpoints/step-00000006")
 
 
 MOE = {"model": "tiny-phi-3.5-moe", "model_overrides": STILL_MOE, "router_aux_loss_coef": 0.0}
