@@ -70,7 +70,7 @@ def run_dropless(
     if expert_indices.shape[0] == 0:
         return hidden_states * 1
     num_experts, hidden_size, intermediate_size = down_proj.shape
-    layer = _layer(num_experts, hidden_size, intermediate_size, expert_indices.shape[1], hidden_act)
+    layer = dropless_layer(num_experts, hidden_size, intermediate_size, expert_indices.shape[1], hidden_act)
     weights = pack(gate_up_proj, down_proj)
     # The first argument feeds a balance loss of its own, which is off.
     routing = (expert_indices.new_empty(0), expert_weights.to(hidden_states.dtype), expert_indices.contiguous())
@@ -88,7 +88,7 @@ def pack(gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> dict[str, torch
 
 
 @functools.cache
-def _layer(num_experts: int, hidden_size: int, intermediate_size: int, top_k: int, hidden_act: str) -> Any:
+def dropless_layer(num_experts: int, hidden_size: int, intermediate_size: int, top_k: int, hidden_act: str) -> Any:
     """MegaBlocks' layer without weights of its own; one per shape, they hold nothing."""
     from megablocks.layers.arguments import Arguments
     from megablocks.layers.dmoe import ParallelDroplessMLP

@@ -53,7 +53,8 @@ class RoutingPlan:
         for size in _sizes(num_pairs, num_experts, align):
             views.append(buffer[offset : offset + size])
             offset += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return cls(*views, align=align, buffer=buffer)
+        places, sources, starts, counts, tile_experts = views
+        return cls(places, sources, starts, counts, tile_experts, align, buffer)
 
 
 def padded_rows(num_pairs: int, num_experts: int, align: int) -> int:

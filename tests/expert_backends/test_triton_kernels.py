@@ -31,13 +31,14 @@ def report() -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", ["many", "ragged_gelu", "one_token"])
 def test_float32_output_and_gradients_equal_the_loop(report: dict[str, Any], case: str) -> None:
-    # Measured: at most 4e-7.
-    assert set(report[case]) == {"output", "decode", "hidden_states", "expert_weights", "gate_up", "down"}
+    # Measured: at most 6e-7. "many" also runs the large-batch path forward only.
+    assert ("forward" in report[case]) == (case == "many")
+    assert set(report[case]) >= {"output", "decode", "hidden_states", "expert_weights", "gate_up", "down"}
     assert max(report[case].values()) < 2e-6
 
 
 def test_float16_output_and_gradients_equal_the_loop_within_rounding(report: dict[str, Any]) -> None:
-    # Measured: at most 6e-4; half of float16's spacing is 4.9e-4.
+    # Measured: at most 5.1e-4; half of float16's spacing is 4.9e-4.
     assert max(report["half"].values()) < 2e-3
 
 
@@ -47,7 +48,7 @@ def test_plan_is_a_stable_sort_in_whole_tiles(report: dict[str, Any], size: str)
 
 
 def test_frozen_experts_still_pass_gradients_to_tokens(report: dict[str, Any]) -> None:
-    # Measured: 3e-7.
+    # Measured: 1.7e-7.
     assert report["other"]["frozen"] < 2e-6
 
 
