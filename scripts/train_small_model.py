@@ -73,6 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=6, help="visits of a single picture in an epoch")
     parser.add_argument("--tower-steps", type=int, default=5000)
     parser.add_argument("--patch-size", type=int, default=None, help="of the tower, in place of the preset's")
+    parser.add_argument("--freeze", nargs="*", default=[], help="parts that are not trained, e.g. tower")
     parser.add_argument("--no-tower", action="store_true", help="leave out the tower's own supervision")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-limit", type=int, default=None, help="most questions of each kind; by default all")
@@ -142,6 +143,7 @@ def training_settings(args: argparse.Namespace, shards: Path, tower: Path | None
         "model": args.model,
         "model_overrides": {"vision": {"patch_size": args.patch_size}} if args.patch_size else {},
         "tower": None if tower is None else str(tower),
+        "freeze": args.freeze,
         "data": str(shards),
         "data_options": {"augmentation": True, "cache_decoded": True},
         "num_workers": args.workers,

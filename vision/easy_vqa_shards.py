@@ -5,11 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vision.easy_vqa import PairQuestions, Split, VisualQuestion, balanced_yes_no, load_split
+from vision.easy_vqa import COLORS, PairQuestions, Split, VisualQuestion, balanced_yes_no, load_split
 from vision.shards import ShardWriter
 
-KIND_SHARES = {"named": 0.25, "not named": 0.25, "color": 0.2, "shape": 0.3}
-"""How a single picture's draws divide: yes/no questions that name what it shows, and what not; colour; shape."""
+KIND_SHARES = {
+    ("color", "named"): 0.22,
+    ("color", "not named"): 0.22,
+    ("shape", "named"): 0.08,
+    ("shape", "not named"): 0.08,
+    ("color", "asked"): 0.2,
+    ("shape", "asked"): 0.2,
+}
+"""How a single picture's draws divide: by attribute, and by whether a yes/no question names what the picture shows,
+names another value, or the question asks for the value. Yes/no questions about colours get the most: to compare one
+of eight colours with a word is learned last."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +77,9 @@ def _single(
     split: Split, questions: list[VisualQuestion], draws: int, rng: random.Random
 ) -> tuple[str, dict[str, Any], list[int]]:
     image_id = questions[0].images[0]
-    groups: dict[str, list[VisualQuestion]] = {}
+    groups: dict[tuple[str, str], list[VisualQuestion]] = {}
     for question in [*questions, *balanced_yes_no(split, image_id)]:
-        groups.setdefault(_group(split, question), []).append(question)
+        groups.setdefault(_group(question), []).append(question)
     conversations = [
         _conversation(question, rng, KIND_SHARES[name] / len(group))
         for name, group in groups.items()
@@ -109,8 +118,10 @@ def _conversation(
     return {"messages": messages, "weight": round(weight, 6)}
 
 
-def _group(split: Split, question: VisualQuestion) -> str:
+def _group(question: VisualQuestion) -> tuple[str, str]:
+    """Attribute and kind of a single-image question (a key of ``KIND_SHARES``)."""
     if question.kind != "yes/no":
-        return question.kind
+        return question.kind, "asked"
+    attribute = "color" if any(color in question.question.split() for color in COLORS) else "shape"
     negated = " not " in question.question or " no " in question.question
-    return "named" if (question.answer == "yes") != negated else "not named"
+    return attribute, "named" if (question.answer == "yes") != negated else "not named"
