@@ -57,12 +57,15 @@ def triton_kernels(
     reason = limit(hidden_states, gate_up_proj, down_proj)
     if reason is not None:
         raise ValueError(f"experts backend 'triton' cannot run: {reason}; use 'grouped_mm', 'loop' or 'auto'")
-    from moe.kernels.ops import experts_forward
+    from moe.kernels import decode, ops
 
+    gate_up_proj, down_proj = gate_up_proj.contiguous(), down_proj.contiguous()
     inputs = (hidden_states, expert_weights, gate_up_proj, down_proj)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    gate_up_proj, down_proj = gate_up_proj.contiguous(), down_proj.contiguous()
-    return experts_forward(hidden_states, expert_indices, expert_weights, gate_up_proj, down_proj, hidden_act, save)[0]
+    if not save and hidden_states.shape[0] <= decode.MAX_TOKENS:
+        return ops.experts_decode(hidden_states, expert_indices, expert_weights, gate_up_proj, down_proj, hidden_act)
+    acted, gate_up, _, plan = ops.experts_up(hidden_states, expert_indices, gate_up_proj, hidden_act, save)
+    return ops.experts_down(acted, gate_up, expert_weights, down_proj, plan, hidden_act)
 
 
 @functools.cache

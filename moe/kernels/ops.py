@@ -1,7 +1,9 @@
-"""The experts as two torch operators, forward and backward, with shapes known without running them.
+"""The experts as torch operators, with shapes known without running them and gradients.
 
 As ``torch.library`` operators they go through torch.compile and CUDA graphs whole; nothing in them reads a value on
-the host. Backward keeps the sorted rows and the first product; the gated rows are computed again from it.
+the host. A training pass is two operators, so that what the second saved is freed before the first one's backward
+needs memory: ``experts_up`` keeps the sorted rows, ``experts_down`` the gate and up rows; the gated rows are computed
+again from those.
 """
 
 import importlib
@@ -14,201 +16,243 @@ from moe.kernels import decode, grouped_gemm, rows, tuning
 from moe.kernels.hopper_config import HopperConfig
 from moe.kernels.routing import RoutingPlan, padded_rows, plan_routing, plan_size
 
+_ALIGN = grouped_gemm.TILE_ROWS
 
-@torch.library.custom_op("phi35_moe::experts_forward", mutates_args=())
-def experts_forward(
+
+@torch.library.custom_op("phi35_moe::experts_decode", mutates_args=())
+def experts_decode(
     hidden_states: torch.Tensor,
     expert_indices: torch.Tensor,
     expert_weights: torch.Tensor,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     hidden_act: str,
-    save: bool,
+) -> torch.Tensor:
+    """Weighted sum of each token's experts for a few tokens, (N, D); no gradients."""
+    config = tuning.choose_decode(hidden_states.shape[0])
+    return decode.decode_experts(
+        hidden_states, expert_indices, expert_weights, gate_up_proj, down_proj, hidden_act, config
+    )
+
+
+@experts_decode.register_fake
+def _(
+    hidden_states: torch.Tensor,
+    expert_indices: torch.Tensor,
+    expert_weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    hidden_act: str,
+) -> torch.Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("phi35_moe::experts_up", mutates_args=())
+def experts_up(
+    hidden_states: torch.Tensor, expert_indices: torch.Tensor, gate_up_proj: torch.Tensor, hidden_act: str, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted sum of each token's experts.
+    """Sort tokens by expert, multiply by gate and up, gate.
 
     Args:
         hidden_states: (N, D).
         expert_indices: (N, k) in [0, E).
-        expert_weights: (N, k).
         gate_up_proj: (E, 2F, D), gate first.
-        down_proj: (E, D, F).
         hidden_act: "silu" or "gelu".
-        save: return what the backward pass needs; else those three are empty.
+        save: return what the backward pass needs; else the second and third are empty.
 
     Returns:
-        (N, D); then sorted rows (P, D), gate and up rows (P, 2F), and the routing plan's buffer.
+        gated rows (P, F); gate and up rows (P, 2F), through which gradients come back; sorted rows (P, D); the
+        routing plan's buffer.
     """
-    num_tokens, top_k = expert_indices.shape
-    if not save and num_tokens <= decode.MAX_TOKENS:
-        config = tuning.choose_decode(num_tokens)
-        out = decode.decode_experts(
-            hidden_states, expert_indices, expert_weights, gate_up_proj, down_proj, hidden_act, config
-        )
-        return out, *_nothing(hidden_states)
-    num_experts, _, width = down_proj.shape
-    how = tuning.choose(hidden_states.dtype, hidden_states.device, (hidden_states.shape[1], width), hidden_act)
-    plan = plan_routing(expert_indices, num_experts, grouped_gemm.TILE_ROWS)
-    sorted_rows = rows.gather_rows(hidden_states, plan, top_k)
-    if isinstance(how.up, HopperConfig):
-        acted, gate_up = _hopper("hopper_gemm").rows_by_experts_gated(
-            sorted_rows, gate_up_proj, plan, how.up, save=save
-        )
-    elif how.up is None:
-        gate_up = _torch_rows(sorted_rows, gate_up_proj.transpose(1, 2), plan)
-        acted = rows.gate_rows(gate_up, plan, hidden_act)
+    num_experts, double, hidden_size = gate_up_proj.shape
+    how = tuning.choose(hidden_states.dtype, hidden_states.device, (hidden_size, double // 2), hidden_act).up
+    plan = plan_routing(expert_indices, num_experts, _ALIGN)
+    sorted_rows = rows.gather_rows(hidden_states, plan, expert_indices.shape[1])
+    if isinstance(how, HopperConfig):
+        gated = _hopper("hopper_gemm").rows_by_experts_gated
+        acted, gate_up = gated(sorted_rows, gate_up_proj, plan, how, save=save)
     else:
-        acted, gate_up = grouped_gemm.rows_by_experts_gated(
-            sorted_rows, gate_up_proj, plan, hidden_act, how.up, save=save
-        )
+        acted, gate_up = grouped_gemm.rows_by_experts_gated(sorted_rows, gate_up_proj, plan, hidden_act, how, save=save)
     if not save:
-        sorted_rows, gate_up, _ = _nothing(hidden_states)
-    mixed = _rows_by_experts(acted, down_proj, plan, True, how.down)
-    out = rows.combine_rows(mixed, plan, top_k, expert_weights, hidden_states.dtype)
-    if not save:
-        return out, *_nothing(hidden_states)
-    return out, sorted_rows, gate_up, plan.buffer
+        return acted, hidden_states.new_empty(0), hidden_states.new_empty(0), plan.buffer
+    return acted, gate_up, sorted_rows, plan.buffer
 
 
-@experts_forward.register_fake
+@experts_up.register_fake
 def _(
-    hidden_states: torch.Tensor,
-    expert_indices: torch.Tensor,
-    expert_weights: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    hidden_act: str,
-    save: bool,
+    hidden_states: torch.Tensor, expert_indices: torch.Tensor, gate_up_proj: torch.Tensor, hidden_act: str, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    if not save:
-        return out, *_nothing(hidden_states)
     num_experts, double, hidden_size = gate_up_proj.shape
     num_pairs = expert_indices.shape[0] * expert_indices.shape[1]
-    num_rows = padded_rows(num_pairs, num_experts, grouped_gemm.TILE_ROWS)
-    size = plan_size(num_pairs, num_experts, grouped_gemm.TILE_ROWS)
+    num_rows = padded_rows(num_pairs, num_experts, _ALIGN)
     return (
-        out,
-        hidden_states.new_empty((num_rows, hidden_size)),
-        hidden_states.new_empty((num_rows, double)),
-        hidden_states.new_empty((size,), dtype=torch.int32),
+        hidden_states.new_empty((num_rows, double // 2)),
+        hidden_states.new_empty((num_rows, double) if save else (0,)),
+        hidden_states.new_empty((num_rows, hidden_size) if save else (0,)),
+        hidden_states.new_empty((plan_size(num_pairs, num_experts, _ALIGN),), dtype=torch.int32),
     )
 
 
-@torch.library.custom_op("phi35_moe::experts_backward", mutates_args=())
-def experts_backward(
-    grad: torch.Tensor,
-    expert_weights: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+@torch.library.custom_op("phi35_moe::experts_up_backward", mutates_args=())
+def experts_up_backward(
+    gate_up_grad: torch.Tensor,
     sorted_rows: torch.Tensor,
-    gate_up: torch.Tensor,
+    gate_up_proj: torch.Tensor,
     plan_buffer: torch.Tensor,
+    num_tokens: int,
+    top_k: int,
     hidden_act: str,
     input_wanted: bool,
     weights_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of ``experts_forward`` to hidden_states, expert_weights (float32), gate_up_proj and down_proj.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of ``experts_up`` to hidden_states and gate_up_proj; one that is not wanted is empty."""
+    num_experts, double, hidden_size = gate_up_proj.shape
+    plan = RoutingPlan.view(plan_buffer, num_tokens * top_k, num_experts, _ALIGN)
+    how = tuning.choose(gate_up_grad.dtype, gate_up_grad.device, (hidden_size, double // 2), hidden_act)
+    input_grad, weights_grad = gate_up_grad.new_empty(0), gate_up_grad.new_empty(0)
+    # The weights' gradient last: it is the largest, and the rows' gradient is freed by then.
+    if input_wanted:
+        rows_grad = _rows_by_experts(gate_up_grad, gate_up_proj, plan, False, how.up_rows)
+        input_grad = rows.combine_rows(rows_grad, plan, top_k, None, gate_up_grad.dtype)
+        del rows_grad
+    if weights_wanted:
+        weights_grad = _rows_by_rows(gate_up_grad, sorted_rows, plan, how.up_weights)
+    return input_grad, weights_grad
 
-    Args:
-        grad: (N, D) upstream.
-        expert_weights: (N, k).
-        gate_up_proj: (E, 2F, D).
-        down_proj: (E, D, F).
-        sorted_rows: (P, D) from forward.
-        gate_up: (P, 2F) from forward.
-        plan_buffer: the routing plan's buffer from forward.
-        hidden_act: "silu" or "gelu".
-        input_wanted: compute the gradient to hidden_states; else it is empty.
-        weights_wanted: compute those to gate_up_proj and down_proj; else they are empty.
+
+@experts_up_backward.register_fake
+def _(
+    gate_up_grad: torch.Tensor,
+    sorted_rows: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    plan_buffer: torch.Tensor,
+    num_tokens: int,
+    top_k: int,
+    hidden_act: str,
+    input_wanted: bool,
+    weights_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        gate_up_grad.new_empty((num_tokens, gate_up_proj.shape[2]) if input_wanted else (0,)),
+        gate_up_proj.new_empty(gate_up_proj.shape if weights_wanted else (0,)),
+    )
+
+
+@torch.library.custom_op("phi35_moe::experts_down", mutates_args=())
+def experts_down(
+    acted: torch.Tensor,
+    gate_up: torch.Tensor,
+    expert_weights: torch.Tensor,
+    down_proj: torch.Tensor,
+    plan_buffer: torch.Tensor,
+    hidden_act: str,
+) -> torch.Tensor:
+    """Multiply gated rows (P, F) by down_proj (E, D, F) and add each token's rows, weighted: (N, D).
+
+    Gradients go to ``gate_up``, from which ``acted`` came, to ``expert_weights`` (N, k) and to ``down_proj``.
     """
     num_experts, hidden_size, width = down_proj.shape
-    top_k = expert_weights.shape[1]
-    plan = RoutingPlan.view(plan_buffer, expert_weights.numel(), num_experts, grouped_gemm.TILE_ROWS)
+    how = tuning.choose(acted.dtype, acted.device, (hidden_size, width), hidden_act)
+    plan = RoutingPlan.view(plan_buffer, expert_weights.numel(), num_experts, _ALIGN)
+    mixed = _rows_by_experts(acted, down_proj, plan, True, how.down)
+    return rows.combine_rows(mixed, plan, expert_weights.shape[1], expert_weights, acted.dtype)
+
+
+@experts_down.register_fake
+def _(
+    acted: torch.Tensor,
+    gate_up: torch.Tensor,
+    expert_weights: torch.Tensor,
+    down_proj: torch.Tensor,
+    plan_buffer: torch.Tensor,
+    hidden_act: str,
+) -> torch.Tensor:
+    return acted.new_empty((expert_weights.shape[0], down_proj.shape[1]))
+
+
+@torch.library.custom_op("phi35_moe::experts_down_backward", mutates_args=())
+def experts_down_backward(
+    grad: torch.Tensor,
+    gate_up: torch.Tensor,
+    expert_weights: torch.Tensor,
+    down_proj: torch.Tensor,
+    plan_buffer: torch.Tensor,
+    hidden_act: str,
+    weights_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of ``experts_down`` to gate_up, expert_weights (float32) and down_proj (empty if not wanted)."""
+    num_experts, hidden_size, width = down_proj.shape
     how = tuning.choose(grad.dtype, grad.device, (hidden_size, width), hidden_act)
-    upstream = rows.gather_rows(grad, plan, top_k)
+    plan = RoutingPlan.view(plan_buffer, expert_weights.numel(), num_experts, _ALIGN)
+    upstream = rows.gather_rows(grad, plan, expert_weights.shape[1])
     acted_grad = _rows_by_experts(upstream, down_proj, plan, False, how.down_rows)
     gate_up_grad, acted, expert_weights_grad = rows.gate_rows_backward(
         acted_grad, gate_up, plan, expert_weights, hidden_act
     )
-    down_grad, up_grad, input_grad = grad.new_empty(0), grad.new_empty(0), grad.new_empty(0)
-    if weights_wanted:
-        down_grad = _rows_by_rows(upstream, acted, plan, how.down_weights)
-    # Freed before the next large product.
-    del upstream, acted, acted_grad
-    if weights_wanted:
-        up_grad = _rows_by_rows(gate_up_grad, sorted_rows, plan, how.up_weights)
-    if input_wanted:
-        rows_grad = _rows_by_experts(gate_up_grad, gate_up_proj, plan, False, how.up_rows)
-        input_grad = rows.combine_rows(rows_grad, plan, top_k, None, grad.dtype)
-    return input_grad, expert_weights_grad, up_grad, down_grad
+    if not weights_wanted:
+        return gate_up_grad, expert_weights_grad, grad.new_empty(0)
+    return gate_up_grad, expert_weights_grad, _rows_by_rows(upstream, acted, plan, how.down_weights)
 
 
-@experts_backward.register_fake
+@experts_down_backward.register_fake
 def _(
     grad: torch.Tensor,
-    expert_weights: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    sorted_rows: torch.Tensor,
     gate_up: torch.Tensor,
+    expert_weights: torch.Tensor,
+    down_proj: torch.Tensor,
     plan_buffer: torch.Tensor,
     hidden_act: str,
-    input_wanted: bool,
     weights_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
-        grad.new_empty(grad.shape if input_wanted else (0,)),
+        torch.empty_like(gate_up),
         expert_weights.new_empty(expert_weights.shape, dtype=torch.float32),
-        gate_up_proj.new_empty(gate_up_proj.shape if weights_wanted else (0,)),
         down_proj.new_empty(down_proj.shape if weights_wanted else (0,)),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _, _, expert_weights, gate_up_proj, down_proj, hidden_act, _ = inputs
-    # The saved outputs get no gradient; zeros of their size must not be made for them.
+def _up_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _, expert_indices, gate_up_proj, hidden_act, _ = inputs
+    _, _, sorted_rows, plan_buffer = output
+    # Gradients come through the gate and up rows alone; zeros must not be made for the other outputs.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(expert_weights, gate_up_proj, down_proj, *output[1:])
+    ctx.save_for_backward(sorted_rows, gate_up_proj, plan_buffer)
+    ctx.shape = tuple(expert_indices.shape)
     ctx.hidden_act = hidden_act
 
 
-def _backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    grad = grads[0]
-    if grad is None:
-        return (None,) * 7
-    expert_weights, gate_up_proj, down_proj, sorted_rows, gate_up, plan_buffer = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    weights_wanted = wants[3] or wants[4]
-    input_grad, weights_grad, up_grad, down_grad = experts_backward(
-        grad,
-        expert_weights,
-        gate_up_proj,
-        down_proj,
-        sorted_rows,
-        gate_up,
-        plan_buffer,
-        ctx.hidden_act,
-        wants[0],
-        weights_wanted,
+def _up_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    gate_up_grad = grads[1]
+    if gate_up_grad is None:
+        return (None,) * 5
+    input_wanted, _, weights_wanted, *_ = ctx.needs_input_grad
+    input_grad, weights_grad = experts_up_backward(
+        gate_up_grad, *ctx.saved_tensors, *ctx.shape, ctx.hidden_act, input_wanted, weights_wanted
     )
+    return input_grad if input_wanted else None, None, weights_grad if weights_wanted else None, None, None
+
+
+def _down_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, gate_up, expert_weights, down_proj, plan_buffer, hidden_act = inputs
+    ctx.save_for_backward(gate_up, expert_weights, down_proj, plan_buffer)
+    ctx.hidden_act = hidden_act
+
+
+def _down_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    _, rows_wanted, weights_wanted, down_wanted, *_ = ctx.needs_input_grad
+    gate_up_grad, weights_grad, down_grad = experts_down_backward(grad, *ctx.saved_tensors, ctx.hidden_act, down_wanted)
     return (
-        input_grad if wants[0] else None,
         None,
-        weights_grad.to(expert_weights.dtype) if wants[2] else None,
-        up_grad if wants[3] else None,
-        down_grad if wants[4] else None,
+        gate_up_grad if rows_wanted else None,
+        weights_grad.to(ctx.saved_tensors[1].dtype) if weights_wanted else None,
+        down_grad if down_wanted else None,
         None,
         None,
     )
 
 
-experts_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _nothing(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Empty outputs in place of what only the backward pass reads."""
-    return like.new_empty(0), like.new_empty(0), like.new_empty(0, dtype=torch.int32)
+experts_up.register_autograd(_up_backward, setup_context=_up_context)
+experts_down.register_autograd(_down_backward, setup_context=_down_context)
 
 
 def _rows_by_experts(
@@ -218,8 +262,6 @@ def _rows_by_experts(
     transposed: bool,
     config: tuning.ProductConfig,
 ) -> torch.Tensor:
-    if config is None:
-        return _torch_rows(values, weights.transpose(1, 2) if transposed else weights, plan)
     if isinstance(config, HopperConfig):
         return _hopper("hopper_gemm").rows_by_experts(values, weights, plan, transposed, config)
     return grouped_gemm.rows_by_experts(values, weights, plan, transposed, config)
@@ -228,15 +270,9 @@ def _rows_by_experts(
 def _rows_by_rows(
     left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, config: tuning.ProductConfig
 ) -> torch.Tensor:
-    if config is None:
-        return torch._grouped_mm(left.t(), right, offs=plan.starts[1:])
     if isinstance(config, HopperConfig):
         return _hopper("hopper_weights").rows_by_rows(left, right, plan, config)
     return grouped_gemm.rows_by_rows(left, right, plan, config)
-
-
-def _torch_rows(values: torch.Tensor, weights: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
-    return torch._grouped_mm(values, weights, offs=plan.starts[1:])
 
 
 def _hopper(name: str) -> ModuleType:

@@ -2,9 +2,9 @@
 
 A stable counting sort in three small kernels: count per block of pairs, one program that turns the counts into
 places and a tile schedule, and a scatter of places. Every expert's rows start at a multiple of ``align`` and are
-followed by empty rows up to the next multiple, so that the grouped products meet only full tiles. MegaBlocks
-(arXiv 2211.15841, section 5.2) pads to blocks for the same reason; here the empty rows hold zeros, which every stage
-maps to zeros, so that no stage needs a mask.
+followed by empty rows up to the next multiple, so that the grouped products meet only whole tiles and need no masks.
+MegaBlocks (arXiv 2211.15841, section 5.2) pads to blocks for the same reason. Empty rows up to the next half tile
+hold zeros in every stage, as far as the sums over an expert's rows read; a half tile of empty rows may be undefined.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,8 @@ def padded_rows(num_pairs: int, num_experts: int, align: int) -> int:
     """Upper bound of sorted rows, the same for every routing of ``num_pairs`` pairs."""
     # An expert with rows wastes at most align - 1; no more than num_pairs experts have rows.
     waste = min(num_experts, num_pairs) * (align - 1)
-    return -(-(num_pairs + waste) // align) * align
+    # At least one tile: a descriptor has no empty tensor.
+    return max(1, -(-(num_pairs + waste) // align)) * align
 
 
 def plan_size(num_pairs: int, num_experts: int, align: int) -> int:

@@ -58,22 +58,6 @@ def combine_rows(
     return out
 
 
-def gate_rows(gate_up: torch.Tensor, plan: RoutingPlan, hidden_act: str) -> torch.Tensor:
-    """act(gate) * up of (P, 2F) rows, gate first; returns (P, F)."""
-    width = gate_up.shape[1] // 2
-    out = torch.empty((gate_up.shape[0], width), dtype=gate_up.dtype, device=gate_up.device)
-    _gate_kernel[(gate_up.shape[0],)](
-        gate_up,
-        out,
-        plan.starts[-1:],
-        width,
-        ACT=hidden_act,
-        CHUNK=min(_CHUNK, triton.next_power_of_2(width)),
-        num_warps=4,
-    )
-    return out
-
-
 def gate_rows_backward(
     grad: torch.Tensor, gate_up: torch.Tensor, plan: RoutingPlan, expert_weights: torch.Tensor, hidden_act: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -175,19 +159,6 @@ def activate_gradient(value, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
         return sigmoid * (1.0 + value * (1.0 - sigmoid))
     density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
     return 0.5 * (1.0 + tl.erf(value * 0.7071067811865476)) + value * density
-
-
-@triton.jit
-def _gate_kernel(gate_up, out, num_rows, width, ACT: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0)
-    if row < tl.load(num_rows):
-        at = row.to(tl.int64)
-        for first in range(0, width, CHUNK):
-            columns = first + tl.arange(0, CHUNK)
-            inside = columns < width
-            gate = tl.load(gate_up + at * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(gate_up + (at * 2 + 1) * width + columns, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out + at * width + columns, (activate(gate, ACT) * up).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

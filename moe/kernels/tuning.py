@@ -8,15 +8,15 @@ from moe.kernels.decode import DecodeConfig
 from moe.kernels.grouped_gemm import GemmConfig
 from moe.kernels.hopper_config import HopperConfig, fits
 
-ProductConfig = GemmConfig | HopperConfig | None
+ProductConfig = GemmConfig | HopperConfig
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How each of the six grouped products runs; None is torch's own grouped product.
+    """How each of the six grouped products runs.
 
     Attributes:
-        up: rows times gate_up_proj, gated in the epilogue (with None: in a pass of its own).
+        up: rows times gate_up_proj, gated in the epilogue.
         down: rows times down_proj.
         down_rows: gradient of the rows of ``down``.
         up_rows: gradient of the rows of ``up``.

@@ -41,7 +41,7 @@ def draw(tokens: int, routing: str, dtype: torch.dtype, hidden: int = HIDDEN, ff
 def relative_errors(run: experts.BackendFunction, values: list[torch.Tensor], act: str = "silu") -> list[float]:
     """Output, the four gradients, and the forward-only output, against the loop in float32."""
     *values, indices = values
-    wide = [value.float().requires_grad_() for value in values]
+    wide = [value.detach().clone().float().requires_grad_() for value in values]
     mine = [value.clone().requires_grad_() for value in values]
     expected, out = experts.loop(wide[0], indices, *wide[1:], act), run(mine[0], indices, *mine[1:], act)
     upstream = torch.randn_like(out)
@@ -50,7 +50,7 @@ def relative_errors(run: experts.BackendFunction, values: list[torch.Tensor], ac
     with torch.no_grad():
         only = run(values[0], indices, *values[1:], act)
     pairs = [(out, expected), (only, expected), *((a.grad, b.grad) for a, b in zip(mine, wide, strict=True))]
-    return [float((a.float() - b).norm() / b.norm()) for a, b in pairs]
+    return [float((a.detach().float() - b.detach()).norm() / b.detach().norm()) for a, b in pairs]
 
 
 @pytest.mark.parametrize("routing", ["balanced", "skewed", "empty"])

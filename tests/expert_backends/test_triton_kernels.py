@@ -29,7 +29,7 @@ def report() -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("case", ["many", "ragged_gelu", "one_token"])
+@pytest.mark.parametrize("case", ["many", "ragged_gelu", "one_token", "two_tiles"])
 def test_float32_output_and_gradients_equal_the_loop(report: dict[str, Any], case: str) -> None:
     # Measured: at most 6e-7. "many" also runs the large-batch path forward only.
     assert ("forward" in report[case]) == (case == "many")
@@ -50,6 +50,10 @@ def test_plan_is_a_stable_sort_in_whole_tiles(report: dict[str, Any], size: str)
 def test_frozen_experts_still_pass_gradients_to_tokens(report: dict[str, Any]) -> None:
     # Measured: 1.7e-7.
     assert report["other"]["frozen"] < 2e-6
+
+
+def test_no_tokens_give_zero_gradients(report: dict[str, Any]) -> None:
+    assert report["other"]["empty"] == 0
 
 
 def test_compiled_call_is_one_graph_with_the_same_bits(report: dict[str, Any]) -> None:
