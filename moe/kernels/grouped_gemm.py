@@ -64,11 +64,8 @@ def rows_by_experts(
         TensorDescriptor.from_tensor(rows, [plan.align, config.block_k]),
         TensorDescriptor.from_tensor(weights, weight_block),
         TensorDescriptor.from_tensor(out, [plan.align, block_n]),
-        TensorDescriptor.from_tensor(rows, [plan.align // 2, config.block_k]),
-        out,
         plan.tile_experts,
         plan.starts,
-        plan.counts,
         num_experts,
         columns,
         depth,
@@ -183,40 +180,12 @@ def _tile_of(work, tile_experts, starts, num_n, BLOCK_M: tl.constexpr, GROUP: tl
 
 
 @triton.jit
-def _multiply(  # type: ignore[no-untyped-def]
-    rows,
-    weights,
-    row,
-    column,
-    expert,
-    depth,
-    HEIGHT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """HEIGHT rows times one expert's columns."""
-    total = tl.zeros((HEIGHT, BLOCK_N), tl.float32)
-    for k in range(0, depth, BLOCK_K):
-        left = rows.load([row, k])
-        if TRANSPOSED:
-            right = weights.load([expert, column, k]).reshape(BLOCK_N, BLOCK_K).T
-        else:
-            right = weights.load([expert, k, column]).reshape(BLOCK_K, BLOCK_N)
-        total = tl.dot(left, right, total)
-    return total
-
-
-@triton.jit
 def _rows_by_experts_kernel(  # type: ignore[no-untyped-def]
     rows,
     weights,
     out,
-    half_rows,
-    out_pointer,
     tile_experts,
     starts,
-    counts,
     num_experts,
     columns,
     depth,
@@ -228,22 +197,20 @@ def _rows_by_experts_kernel(  # type: ignore[no-untyped-def]
     PROGRAMS: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    HALF: tl.constexpr = BLOCK_M // 2
     num_n = tl.cdiv(columns, BLOCK_N)
     num_work = tl.load(starts + num_experts) // BLOCK_M * num_n
     for work in tl.range(tl.program_id(0), num_work, PROGRAMS, flatten=FLATTEN):
         expert, row, tile_n = _tile_of(work, tile_experts, starts, num_n, BLOCK_M, GROUP)
         column = tile_n * BLOCK_N
-        if row + HALF < tl.load(starts + expert) + tl.load(counts + expert):
-            total = _multiply(rows, weights, row, column, expert, depth, BLOCK_M, BLOCK_N, BLOCK_K, TRANSPOSED)
-            out.store([row, column], total.to(out.dtype))
-        else:
-            # An expert's last tile with at most half its rows real; nobody reads the other half's products.
-            lower = _multiply(half_rows, weights, row, column, expert, depth, HALF, BLOCK_N, BLOCK_K, TRANSPOSED)
-            # By plain stores: another copy through shared memory would not fit beside the stages.
-            at = out_pointer + (row + tl.arange(0, HALF)).to(tl.int64)[:, None] * columns
-            across = (column + tl.arange(0, BLOCK_N))[None, :]
-            tl.store(at + across, lower.to(out.dtype), mask=across < columns)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, depth, BLOCK_K):
+            left = rows.load([row, k])
+            if TRANSPOSED:
+                right = weights.load([expert, column, k]).reshape(BLOCK_N, BLOCK_K).T
+            else:
+                right = weights.load([expert, k, column]).reshape(BLOCK_K, BLOCK_N)
+            total = tl.dot(left, right, total)
+        out.store([row, column], total.to(out.dtype))
 
 
 @triton.jit

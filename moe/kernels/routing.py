@@ -3,8 +3,8 @@
 A stable counting sort in three small kernels: count per block of pairs, one program that turns the counts into
 places and a tile schedule, and a scatter of places. Every expert's rows start at a multiple of ``align`` and are
 followed by empty rows up to the next multiple, so that the grouped products meet only whole tiles and need no masks.
-MegaBlocks (arXiv 2211.15841, section 5.2) pads to blocks for the same reason. Empty rows up to the next half tile
-hold zeros in every stage, as far as the sums over an expert's rows read; a half tile of empty rows may be undefined.
+MegaBlocks (arXiv 2211.15841, section 5.2) pads to blocks for the same reason. Empty rows hold zeros, which every stage
+maps to zeros.
 """
 
 from dataclasses import dataclass
