@@ -125,6 +125,7 @@ def install(name: str, archive: Path, work: Path, arguments: argparse.Namespace)
         # Only here: grouped-gemm builds as it is and does not build with the header.
         flags = environment.get("NVCC_PREPEND_FLAGS", "")
         environment["NVCC_PREPEND_FLAGS"] = f"-include {header} {flags}".strip()
+    adapt_compiler(environment)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-build-isolation", "--no-cache-dir", "--force-reinstall"]
     if arguments.target is not None:
@@ -134,6 +135,23 @@ def install(name: str, archive: Path, work: Path, arguments: argparse.Namespace)
         environment,
         f"building {name} (compute capability {environment['TORCH_CUDA_ARCH_LIST']})",
     )
+
+
+def adapt_compiler(environment: dict[str, str]) -> None:
+    """Set what newer torch releases and small toolkits need, without touching the sources."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    entry = Path(torch.__file__).parent / "include" / "torch" / "csrc" / "api" / "include" / "torch" / "all.h"
+    if "C++20" in entry.read_text():
+        # grouped-gemm asks for C++17; the last of two -std counts.
+        flags = environment.get("NVCC_APPEND_FLAGS", "")
+        environment["NVCC_APPEND_FLAGS"] = f"{flags} -std=c++20".strip()
+    if CUDA_HOME and not Path(CUDA_HOME, "include", "cusparse.h").is_file():
+        # A toolkit without the libraries' headers: torch's own dependencies bring them.
+        for folder in Path(torch.__file__).parents[1].glob("nvidia/*/include"):
+            if (folder / "cusparse.h").is_file():
+                environment["CPATH"] = os.pathsep.join(filter(None, (environment.get("CPATH"), str(folder))))
 
 
 def run(command: list[str], environment: dict[str, str], what: str) -> None:

@@ -57,7 +57,7 @@ def relative_errors(run: experts.BackendFunction, values: list[torch.Tensor], ac
 @pytest.mark.parametrize("tokens", [1, 40, 777])
 @pytest.mark.parametrize("name", ["triton", "megablocks", "grouped_mm"])
 def test_output_and_gradients_equal_the_float32_loop(name: str, tokens: int, routing: str) -> None:
-    # Measured: at most 6e-3; bfloat16's half spacing is 3.9e-3.
+    # Measured on the full-size layer (benchmarks/results): at most 5.1e-3; bfloat16's half spacing is 3.9e-3.
     assert max(relative_errors(need(name), draw(tokens, routing, torch.bfloat16))) < 1.5e-2
 
 
