@@ -68,6 +68,7 @@ def experts_up(
     how = tuning.choose(hidden_states.dtype, hidden_states.device, (hidden_size, double // 2), hidden_act).up
     plan = plan_routing(expert_indices, num_experts, _ALIGN)
     sorted_rows = rows.gather_rows(hidden_states, plan, expert_indices.shape[1])
+    gate_up_proj = _aligned(gate_up_proj)
     if isinstance(how, HopperConfig):
         gated = _hopper("hopper_gemm").rows_by_experts_gated
         acted, gate_up = gated(sorted_rows, gate_up_proj, plan, how, save=save)
@@ -262,6 +263,7 @@ def _rows_by_experts(
     transposed: bool,
     config: tuning.ProductConfig,
 ) -> torch.Tensor:
+    weights = _aligned(weights)
     if isinstance(config, HopperConfig):
         return _hopper("hopper_gemm").rows_by_experts(values, weights, plan, transposed, config)
     return grouped_gemm.rows_by_experts(values, weights, plan, transposed, config)
@@ -273,6 +275,11 @@ def _rows_by_rows(
     if isinstance(config, HopperConfig):
         return _hopper("hopper_weights").rows_by_rows(left, right, plan, config)
     return grouped_gemm.rows_by_rows(left, right, plan, config)
+
+
+def _aligned(weights: torch.Tensor) -> torch.Tensor:
+    """The weights, copied if they start at an odd place of a flat buffer: descriptors need multiples of 16 bytes."""
+    return weights if weights.data_ptr() % 16 == 0 else weights.clone()
 
 
 def _hopper(name: str) -> ModuleType:

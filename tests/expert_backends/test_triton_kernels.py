@@ -56,6 +56,14 @@ def test_no_tokens_give_zero_gradients(report: dict[str, Any]) -> None:
     assert report["other"]["empty"] == 0
 
 
+def test_weights_at_odd_addresses_give_the_same_bits(report: dict[str, Any]) -> None:
+    assert report["other"]["odd_address"] == 0
+
+
+def test_operators_are_registered_as_torch_wants_them(report: dict[str, Any]) -> None:
+    assert report["registration"] is True
+
+
 def test_compiled_call_is_one_graph_with_the_same_bits(report: dict[str, Any]) -> None:
     assert report["other"]["compiled"] == 0
     assert report["other"]["compiled_grad"] == 0

@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from moe.experts import loop
-from moe.kernels import decode, routing
+from moe.kernels import decode, ops, routing
 from moe.kernels.backend import triton_kernels
 
 # tokens, k, experts, hidden, ffn, activation, dtype; hidden 40 and ffn 72 end inside a tile.
@@ -103,6 +103,12 @@ def frozen_and_compiled() -> dict[str, float]:
     empty = triton_kernels(values[0][:0].detach().requires_grad_(), indices[:0], values[1][:0], *weights, act)
     empty.sum().backward()
     zeros = sum(float(weight.grad.abs().max()) for weight in weights if weight.grad is not None) + empty.numel()
+    # Weights at an odd place of a flat buffer, as optimizers lay them.
+    flat = [torch.cat([value.new_zeros(1), value.flatten()])[1:].view_as(value) for value in values[2:]]
+    with torch.no_grad():
+        limit, decode.MAX_TOKENS = decode.MAX_TOKENS, 0
+        odd = triton_kernels(values[0], indices, values[1], *flat, act)
+        decode.MAX_TOKENS = limit
     torch._dynamo.reset()
     compiled = torch.compile(triton_kernels, backend="aot_eager", fullgraph=True)
     again = compiled(values[0], indices, *values[1:], act)
@@ -110,9 +116,25 @@ def frozen_and_compiled() -> dict[str, float]:
     return {
         "frozen": relative(grad, expected_grad),
         "empty": zeros,
+        "odd_address": float((odd - out).detach().abs().max()),
         "compiled": float((again - out).abs().max()),
         "compiled_grad": float((again_grad - grad).abs().max()),
     }
+
+
+def registration() -> bool:
+    """torch's own check of the operators: schema, shapes without running, gradients."""
+    values, indices, act = draw("one_token")
+    values = [value.requires_grad_() for value in values]
+    up = (values[0], indices, values[2], act, True)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(ops.experts_up, up, test_utils=checks)
+    acted, gate_up, _, plan_buffer = (output.detach() for output in ops.experts_up(*up))
+    down = (acted, gate_up.requires_grad_(), values[1], values[3], plan_buffer, act)
+    torch.library.opcheck(ops.experts_down, down, test_utils=checks)
+    few = (values[0], indices, values[1], values[2], values[3], act)
+    torch.library.opcheck(ops.experts_decode, few, test_utils=("test_schema", "test_faketensor"))
+    return True
 
 
 if __name__ == "__main__":
@@ -120,4 +142,5 @@ if __name__ == "__main__":
     report = {name: compare(name) for name in CASES}
     report["plans"] = {f"{pairs}/{experts}": plan(pairs, experts) for pairs, experts in ((3, 4), (1100, 5))}
     report["other"] = frozen_and_compiled()
+    report["registration"] = registration()
     json.dump(report, sys.stdout)
