@@ -20,6 +20,7 @@ from typing import Any
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 MAX_JSON_BYTES = 16 * 2**20
 MAX_OPEN_FILES = 64
+_PARTIAL = ".partial"
 _MEMBER = re.compile(rf"(?P<key>[^.]+)\.(?:(?P<json>json)|(?P<number>\d{{1,4}})\.(?:{'|'.join(IMAGE_SUFFIXES)}))")
 
 
@@ -190,6 +191,8 @@ def find_shards(data: str | Path | Sequence[str | Path]) -> list[Path]:
 class ShardWriter:
     """Writes samples to numbered shards of a bounded number of samples, the same bytes for the same samples.
 
+    Shards get their names when the with-block ends, so that half the data is never taken for the whole.
+
     Args:
         folder: made if absent; shards of an earlier run in it are removed.
         samples_per_shard: a new file begins after so many.
@@ -202,13 +205,19 @@ class ShardWriter:
         self.paths: list[Path] = []
         self._archive: tarfile.TarFile | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        for old in self.folder.glob("shard-*.tar"):
+        for old in (*self.folder.glob("shard-*.tar"), *self.folder.glob(f"shard-*.tar{_PARTIAL}")):
             old.unlink()
 
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object = None, *error: object) -> None:
+        self._close()
+        if kind is None:
+            for path in self.paths:
+                path.with_name(path.name + _PARTIAL).rename(path)
+
+    def _close(self) -> None:
         if self._archive is not None:
             self._archive.close()
 
@@ -226,9 +235,10 @@ class ShardWriter:
         if not key or "." in key or "/" in key:
             raise ValueError(f"a sample's key must not be empty nor hold dots or slashes, got {key!r}")
         if self.num_samples % self.samples_per_shard == 0:
-            self.__exit__()
+            self._close()
             self.paths.append(self.folder / f"shard-{len(self.paths):05d}.tar")
-            self._archive = tarfile.open(self.paths[-1], mode="w", format=tarfile.USTAR_FORMAT)
+            partial = self.paths[-1].with_name(self.paths[-1].name + _PARTIAL)
+            self._archive = tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT)
         members = [("json", json.dumps(description, ensure_ascii=False).encode())]
         members += [(f"{number}.{suffix}", content) for number, (suffix, content) in enumerate(images)]
         for suffix, content in members:

@@ -73,7 +73,7 @@ def open_newest(root: str | Path, environment: Environment) -> CheckpointReader 
         ValueError: on every rank, naming the files that are damaged.
     """
     found = files.complete_checkpoints(root) if environment.is_main else []
-    (folder,) = _broadcast([found[-1] if found else None], environment)
+    (folder,) = broadcast([found[-1] if found else None], environment)
     return None if folder is None else open_checkpoint(folder, environment)
 
 
@@ -89,7 +89,7 @@ def open_checkpoint(folder: str | Path, environment: Environment) -> CheckpointR
             CheckpointReader(folder)
         except ValueError as error:
             problem = str(error)
-    (problem,) = _broadcast([problem], environment)
+    (problem,) = broadcast([problem], environment)
     if problem is not None:
         raise ValueError(problem)
     return CheckpointReader(folder, verify=False)
@@ -180,7 +180,8 @@ def _gather(value: Any, environment: Environment) -> list[Any]:
     return gathered
 
 
-def _broadcast(values: list[Any], environment: Environment) -> list[Any]:
+def broadcast(values: list[Any], environment: Environment) -> list[Any]:
+    """Rank 0's plain values on every rank."""
     if environment.world_size > 1:
         distributed.broadcast_object_list(values, src=0)
     return values

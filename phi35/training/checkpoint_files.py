@@ -219,10 +219,11 @@ def commit(
     _sync(folder / MANIFEST)
     _sync(folder)
     final = folder.with_name(folder_name(step))
-    if final.exists():  # the same step of an earlier run, or a damaged one
-        shutil.rmtree(final)
+    replaced = _put_away(final) if final.exists() else None  # the same step of an earlier run
     folder.rename(final)
     _sync(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced)
     return final
 
 
@@ -230,9 +231,30 @@ def prune(root: Path, keep_last: int) -> list[Path]:
     """Removes all but the newest ``keep_last`` complete checkpoints (0 keeps all); returns what was removed."""
     removed = complete_checkpoints(root)[:-keep_last] if keep_last else []
     for folder in removed:
-        (folder / MANIFEST).unlink()  # from here on it counts as incomplete
-        shutil.rmtree(folder)
+        shutil.rmtree(_put_away(folder))
     return removed
+
+
+def set_aside(root: Path) -> Path | None:
+    """Makes room for a run that starts anew: what earlier runs saved moves to ``<root>-replaced``, in place of
+    what was there before; returns that folder, or None where there was nothing.
+
+    Left where they are, later steps of an earlier run would count as newer than the new run's checkpoints.
+    """
+    if not root.is_dir() or not any(root.iterdir()):
+        return None
+    replaced = root.with_name(f"{root.name}-replaced")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    return root.rename(replaced)
+
+
+def _put_away(folder: Path) -> Path:
+    """Takes a checkpoint's name away at once, so that one half removed never counts; ``begin`` clears leftovers."""
+    away = folder.with_name(f".writing-removed-{folder.name}")
+    if away.exists():
+        shutil.rmtree(away)
+    return folder.rename(away)
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -195,13 +195,11 @@ def read_config(
     Raises:
         ValueError: for unreadable files, unknown keys (all of them named) and invalid values.
     """
-    import yaml
-
     values: dict[str, Any] = dict(defaults or {})
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"training config {str(path)!r} does not exist; give the path of a YAML file")
-        loaded = yaml.safe_load(Path(path).read_text())
+        loaded = _yaml(Path(path).read_text(), f"training config {str(path)!r}")
         if not isinstance(loaded, dict):
             raise ValueError(f"training config {str(path)!r} must hold 'key: value' lines, got {type(loaded).__name__}")
         values.update(loaded)
@@ -209,7 +207,7 @@ def read_config(
         key, separator, text = override.partition("=")
         if not separator:
             raise ValueError(f"expected key=value, got {override!r}")
-        value = yaml.safe_load(text)
+        value = _yaml(text, repr(override))
         name, dot, inner = key.strip().removeprefix("--").partition(".")
         if dot:
             outer = dict(values.get(name) or {})
@@ -218,6 +216,15 @@ def read_config(
         values[name] = value
     _check_known(values)
     return TrainingConfig(**{name: _with_numbers(name, value) for name, value in values.items()})
+
+
+def _yaml(text: str, where: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _with_numbers(name: str, value: Any) -> Any:
@@ -237,10 +244,10 @@ _FIELD_TYPES = get_type_hints(TrainingConfig)
 
 def _check_known(values: dict[str, Any]) -> None:
     known = {item.name for item in dataclasses.fields(TrainingConfig)}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values) - known, key=str)
     if unknown:
-        near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
-        hint = f"; did you mean {near}?" if near else ""
+        near = [match for name in unknown for match in difflib.get_close_matches(str(name), known, n=1)]
+        hint = f"; did you mean {near}?" if near else "."
         raise ValueError(f"unknown training config keys {unknown}{hint} Known keys are {sorted(known)}")
 
 
@@ -297,5 +304,8 @@ def _value_problems(config: TrainingConfig) -> Any:
         unknown = sorted(set(getattr(config, name)) - set(PARTS))
         if unknown:
             yield f"{name} names unknown parts {unknown}; parts are {PARTS}"
+    for part, rate in config.learning_rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+            yield f"learning_rates.{part} must be a number, at least 0, got {rate!r}"
     if set(config.freeze) >= set(PARTS):
         yield "freeze leaves nothing to train"

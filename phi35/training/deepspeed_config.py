@@ -109,8 +109,13 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"DeepSpeed config {str(path)!r} does not exist; deepspeed_configs/ holds ready files")
     try:
         given = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"DeepSpeed config {str(path)!r} is not JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"DeepSpeed config {str(path)!r} must hold a JSON object, got {type(given).__name__}")
+    for section in ("zero_optimization", "bf16", "torch_autocast"):
+        if not isinstance(given.get(section, {}), dict):
+            raise ValueError(f"DeepSpeed config {str(path)!r}: {section} must be an object, got {given[section]!r}")
     unknown = sorted(set(given) - KNOWN_KEYS)
     if unknown:
         raise ValueError(f"DeepSpeed config {str(path)!r} holds keys this project does not pass on: {unknown}")

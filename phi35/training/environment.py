@@ -43,7 +43,7 @@ def start(device: str | None = None) -> Environment:
         device: "cpu" or "cuda"; by default CUDA where there is a device.
 
     Raises:
-        ValueError: if only some of the launcher's variables are set.
+        ValueError: if only some of the launcher's variables are set, or there is no CUDA device to be had.
     """
     present = [name for name in LAUNCHER_VARIABLES if name in os.environ]
     launched = "RANK" in present or "WORLD_SIZE" in present
@@ -52,6 +52,8 @@ def start(device: str | None = None) -> Environment:
         raise ValueError(
             f"the environment sets {present} but lacks {missing}; start with a launcher, or unset them all"
         )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device; leave it out or give 'cpu'")
     rank, local_rank, world_size = 0, 0, 1
     if launched:
         rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))

@@ -1,5 +1,6 @@
 """A training run from config to exported model."""
 
+import inspect
 import json
 import platform
 import subprocess
@@ -18,7 +19,7 @@ from phi35.loading import create, load, load_config
 from phi35.processor import Processor
 from phi35.registry import resolve
 from phi35.training import checkpoint, environment
-from phi35.training.checkpoint_files import CheckpointReader
+from phi35.training.checkpoint_files import CheckpointReader, set_aside
 from phi35.training.config import TrainingConfig
 from phi35.training.data import open_text
 from phi35.training.engine import Engine, shard_experts
@@ -80,14 +81,14 @@ def train(
     reader = checkpoint.open_newest(folder / "checkpoints", place) if config.resume else None
     if reader is not None:
         _check_resumable(reader, config, model_config)
-    if place.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        describe_run(folder, config, place)
+    _open_output(folder, config, place)
     processor = build_processor(config, model_config)
-    model = build_model(config, model_config, reader)
     source = _open_data(config, model_config, processor, place, folder)
+    model = build_model(config, model_config, reader)
     engine = Engine(model, config, place, deepspeed_file)
     first_step = _restore(engine, source, reader)
+    if place.is_main and not config.resume:
+        set_aside(folder / "checkpoints")
     metrics = Metrics(
         folder, place, max_steps=config.max_steps, first_step=first_step, log_interval=config.log_interval
     )
@@ -224,6 +225,20 @@ def commit() -> str | None:
     return described.stdout.strip() or None if described.returncode == 0 else None
 
 
+def _open_output(folder: Path, config: TrainingConfig, place: Environment) -> None:
+    """Makes the run's folder and describes the run there; every rank learns where that is impossible."""
+    problem = None
+    if place.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            describe_run(folder, config, place)
+        except OSError as error:
+            problem = f"output_dir {config.output_dir!r} cannot be written ({error}); give another"
+    (problem,) = checkpoint.broadcast([problem], place)
+    if problem is not None:
+        raise ValueError(problem)
+
+
 def _restore(engine: Engine, source: Any, reader: CheckpointReader | None) -> int:
     """Puts optimizer, data and random state where the checkpoint left them; returns the updates made."""
     config, place = engine.config, engine.environment
@@ -240,7 +255,7 @@ def _open_data(
     config: TrainingConfig, model_config: ModelConfig, processor: Any, place: Environment, folder: Path
 ) -> Any:
     assert config.micro_batch_size is not None
-    common = {
+    common: dict[str, Any] = {
         "model_config": model_config,
         "processor": processor,
         "rank": place.rank,
@@ -248,25 +263,38 @@ def _open_data(
         "micro_batch_size": config.micro_batch_size,
         "seed": config.seed,
         "num_workers": config.num_workers,
-        **config.data_options,
     }
     is_text = config.data_source is None and (model_config.vision is None or config.data == "stdlib")
     if is_text:
-        return open_text(
-            config.data,
-            sequence_length=config.sequence_length,
-            num_samples=config.max_steps * config.global_batch_size,
-            cache_folder=folder / "cache",
-            barrier=place.barrier,
-            **common,
-        )
+        common |= {
+            "sequence_length": config.sequence_length,
+            "num_samples": config.max_steps * config.global_batch_size,
+            "cache_folder": folder / "cache",
+            "barrier": place.barrier,
+        }
+    opener = open_text if is_text else resolve(config.data_source or "vision.data:open_source")
+    _check_data_options(opener, config.data_options, common)
+    if is_text:
+        return open_text(config.data, **common, **config.data_options)
     data = config.data
     if data == "easy-vqa":
         data = str(folder / "cache" / "easy-vqa-train")
         if place.is_main and not any(Path(data).glob("*.tar")):
             resolve("vision.easy_vqa_shards:prepare")(data, "train", num_pairs=1000)
         place.barrier()
-    return resolve(config.data_source or "vision.data:open_source")(data, **common)
+    return opener(data, **common, **config.data_options)
+
+
+def _check_data_options(opener: Any, given: dict[str, Any], fixed: dict[str, Any]) -> None:
+    parameters = list(inspect.signature(opener).parameters.values())[1:]
+    allowed = {parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD} - set(fixed)
+    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+    refused = sorted(set(given) & set(fixed) if takes_any else set(given) - allowed)
+    if refused:
+        raise ValueError(
+            f"data_options holds {refused}, which {opener.__module__}:{opener.__qualname__} does not take here; it "
+            f"takes {sorted(allowed)}"
+        )
 
 
 def _check_resumable(reader: CheckpointReader, config: TrainingConfig, model_config: ModelConfig) -> None:

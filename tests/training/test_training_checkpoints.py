@@ -198,6 +198,30 @@ def test_damage_stops_a_resume_with_the_files_name(text_folder, tmp_path):
         run_distributed(train_and_read, 1, {**values, "max_steps": 2})
 
 
+def test_a_run_begun_anew_is_not_outlived_by_the_one_before(text_folder, tmp_path):
+    values = settings(text_folder, tmp_path, save_interval=3, keep_last=2)
+    run_distributed(train_and_read, 1, values)
+    anew = {**values, "resume": False, "max_steps": 4, "save_interval": 2, "export": True}
+    run_distributed(train_and_read, 1, anew)
+    names = [path.name for path in checkpoint_files.complete_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000002", "step-00000004"]
+    assert (tmp_path / "checkpoints-replaced" / "step-00000006" / "manifest.json").is_file()
+    losses = run_distributed(train_and_read, 1, {**values, "max_steps": 5})[0]
+    assert sorted(losses) == [1, 2, 3, 4, 5]
+
+
+def test_a_folder_that_cannot_be_written_is_named_on_every_rank(text_folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RuntimeError, match="output_dir .*file.* cannot be written"):
+        run_distributed(train_and_read, 2, settings(text_folder, tmp_path / "file"))
+
+
+def test_data_options_that_the_source_does_not_take_are_named(text_folder, tmp_path):
+    values = settings(text_folder, tmp_path, data_options={"augmentation": True})
+    with pytest.raises(RuntimeError, match=r"augmentation.*open_text"):
+        run_distributed(train_and_read, 1, values)
+
+
 def test_another_models_checkpoint_is_refused(text_folder, tmp_path):
     values = settings(text_folder, tmp_path, max_steps=1, warmup_steps=0)
     run_distributed(train_and_read, 1, values)

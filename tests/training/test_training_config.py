@@ -126,10 +126,31 @@ def test_a_file_that_contradicts_the_config_names_the_keys(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"train_batch_size": "auto"}', "auto"), ('{"zero_optimisation": {}}', "zero_optimisation"), ("{", "not JSON")],
+    [
+        ('{"train_batch_size": "auto"}', "auto"),
+        ('{"zero_optimisation": {}}', "zero_optimisation"),
+        ("{", "not JSON"),
+        ("[1]", "JSON object"),
+        ('{"zero_optimization": 2}', "zero_optimization must be an object"),
+    ],
 )
 def test_bad_files_are_refused(tmp_path, content, message):
     path = tmp_path / "given.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_deepspeed_file(path)
+
+
+@pytest.mark.parametrize(("overrides", "named"), [(["freeze=[tower"], "freeze="), (["seed: 1=2"], "seed: 1")])
+def test_broken_yaml_is_a_mistake_like_others(tmp_path, overrides, named):
+    with pytest.raises(ValueError, match=named):
+        read_config(None, overrides)
+    (tmp_path / "run.yaml").write_text("max_steps: [3\n")
+    with pytest.raises(ValueError, match=r"run\.yaml.*not YAML"):
+        read_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("rate", [-1.0, "fast", True, float("nan")])
+def test_a_parts_learning_rate_must_be_a_number(rate):
+    with pytest.raises(ValueError, match=r"learning_rates\.tower"):
+        TrainingConfig(learning_rates={"tower": rate})

@@ -128,3 +128,15 @@ def test_unusable_sources_are_named(tmp_path: Path) -> None:
         ShardIndex(tmp_path)
     with ShardWriter(tmp_path / "x") as writer, pytest.raises(ValueError, match="dots"):
         writer.write("a.b", {}, [])
+
+
+def test_shards_of_a_writer_that_died_are_not_taken_for_the_whole(tmp_path):
+    with pytest.raises(RuntimeError, match="died"), ShardWriter(tmp_path, samples_per_shard=1) as writer:
+        for key in "ab":
+            writer.write(key, {"messages": []}, [])
+        raise RuntimeError("died")
+    with pytest.raises(ValueError, match="no shards"):
+        find_shards(tmp_path)
+    with ShardWriter(tmp_path) as writer:
+        writer.write("c", {"messages": []}, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.tar"]
