@@ -2,7 +2,7 @@
 
 The published sources are used untouched. MegaBlocks' headers pass an argument to CUB's prefix sums that CUDA 13's CUB
 no longer takes; a header put in front of its sources drops it. Its pins (torch 2.7) are passed over by ``--no-deps``:
-built and measured with torch 2.11 on CUDA 13.0. CUDA 12 goes by the same steps and is untested.
+built with torch 2.11 and 2.14 on CUDA 13.0. CUDA 12 goes by the same steps and is untested.
 
     python scripts/build_megablocks.py                     # fetches the sources through pip
     python scripts/build_megablocks.py --source FOLDER     # takes FOLDER/*.tar.gz, no network
