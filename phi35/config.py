@@ -7,6 +7,8 @@ varies between models is a field here; no code below asks for a model's name.
 
 import dataclasses
 import math
+import types
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,20 +26,20 @@ class RopeScaling:
         short_mscale: multiplier of cos and sin under the short factors; None takes the formula
             sqrt(1 + ln(max / original) / ln(original)).
         long_mscale: the same for the long factors.
-        type: how the published config spells it ("longrope" or "su"); kept for the export.
+        type: how the published config spells it ("longrope" or "su"), which makes no difference between configs.
     """
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
     short_mscale: float | None = None
     long_mscale: float | None = None
-    type: str = "longrope"
+    type: str = dataclasses.field(default="longrope", compare=False)
 
     def __post_init__(self) -> None:
         if self.type not in ROPE_TYPES:
             raise ValueError(f"rope_scaling.type must be one of {ROPE_TYPES}, got {self.type!r}")
         for name in ("short_factor", "long_factor"):
-            object.__setattr__(self, name, tuple(float(factor) for factor in getattr(self, name)))
+            object.__setattr__(self, name, _numbers(f"rope_scaling.{name}", getattr(self, name)))
             if not all(factor > 0 for factor in getattr(self, name)):
                 raise ValueError(f"rope_scaling.{name} must hold positive numbers")
 
@@ -76,7 +78,11 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_mean", "image_std"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+            object.__setattr__(self, name, _numbers(f"vision.{name}", getattr(self, name)))
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"vision.{name} must hold 3 numbers, one a channel, got {getattr(self, name)}")
+        if problems := list(_mistyped(self)):
+            raise ValueError("invalid vision config: " + "; ".join(problems))
         _check_positive(
             self,
             "image_size patch_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_crops",
@@ -153,10 +159,13 @@ class ModelConfig:
     vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.head_dim is None and self.num_attention_heads > 0:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        problems = list(self._problems())
+        if isinstance(self.stop_token_ids, list):
+            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        problems = list(_mistyped(self))
+        if not problems:
+            if self.head_dim is None and self.num_attention_heads > 0:
+                object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+            problems = list(self._problems())
         if problems:
             raise ValueError("invalid model config: " + "; ".join(problems))
 
@@ -244,18 +253,43 @@ class ModelConfig:
         Raises:
             ValueError: for unknown fields, all of them named, or an inconsistent result.
         """
-        known = {field.name for field in dataclasses.fields(self)}
-        unknown = sorted(set(changes) - known)
-        if unknown:
-            raise ValueError(f"unknown config fields {unknown}; known fields are {sorted(known)}")
+        _check_known("config", changes, ModelConfig)
         if isinstance(changes.get("rope_scaling"), dict):
+            _check_known("rope_scaling", changes["rope_scaling"], RopeScaling)
             changes["rope_scaling"] = RopeScaling(**changes["rope_scaling"])
         if isinstance(changes.get("vision"), dict):
+            _check_known("vision", changes["vision"], VisionConfig)
             base = self.vision or VisionConfig()
             changes["vision"] = dataclasses.replace(base, **changes["vision"])
         if ("hidden_size" in changes or "num_attention_heads" in changes) and "head_dim" not in changes:
             changes["head_dim"] = None
         return dataclasses.replace(self, **changes)
+
+
+def _check_known(what: str, given: dict[str, Any], kind: type) -> None:
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"unknown {what} fields {unknown}; known fields are {sorted(known)}")
+
+
+def _mistyped(config: Any) -> typing.Iterator[str]:
+    """Fields with a value of another type than declared; a whole number may stand where a float is meant."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        declared = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+        kinds = tuple(typing.get_origin(kind) or kind for kind in declared)
+        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+        whole = field.name != "stop_token_ids" or fits and all(type(token) is int for token in value)
+        if not fits or not whole or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
+            yield f"{field.name} must be {names}{' of ids' if not whole else ''}, got {value!r}"
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple) or not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"{name} must be a list of numbers, got {values!r}")
+    return tuple(float(value) for value in values)
 
 
 def _check_positive(config: Any, names: str) -> None:

@@ -253,7 +253,8 @@ def _write_rope(config: ModelConfig, model_type: str) -> tuple[dict[str, Any] | 
     old: dict[str, Any] = {
         "long_factor": list(scaling.long_factor),
         "short_factor": list(scaling.short_factor),
-        "type": scaling.type,
+        # transformers 5 reads "su" and then misses a field that older versions refuse to see in a dense config.
+        "type": "longrope" if model_type == "phi3" else scaling.type,
     }
     if model_type == "phimoe":
         # The phimoe classes ask for these three by name; the formula's value stands where the config has none.
@@ -291,6 +292,9 @@ def _stop_ids(
 def _read_vision(data: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> VisionConfig:
     """The image path from ``img_processor``, ``embd_layer`` and the preprocessor's file."""
     tower, embedding = data.get("img_processor") or {}, data.get("embd_layer") or {}
+    for key, value in (("img_processor", tower), ("embd_layer", embedding)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{key} in config.json must be an object, got {value!r}")
     for key, expected in _EMBEDDING_LAYER.items():
         if embedding.get(key, expected) != expected:
             raise ValueError(f"embd_layer.{key} is {embedding[key]!r}: only {expected!r} is supported")

@@ -50,6 +50,8 @@ def scaled(model):
     [
         ("tiny-phi-3-mini-4k", {}, "5GB"),
         ("tiny-phi-3-medium-4k", {}, "100KB"),
+        ("tiny-phi-3-mini-128k", {}, "5GB"),
+        ("tiny-phi-3-medium-128k", {}, "5GB"),
         ("tiny-phi-3.5-mini", {}, "5GB"),
         ("tiny-phi-3.5-mini", {"tie_word_embeddings": True}, "100KB"),
         ("tiny-phi-3.5-moe", {}, "200KB"),

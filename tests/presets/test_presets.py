@@ -157,6 +157,29 @@ def test_create_refuses_what_cannot_be(options, message):
         phi35.create("tiny-phi-3.5-mini", **options)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "64"}, "hidden_size must be int, got '64'"),
+        ({"num_hidden_layers": 2.5, "tie_word_embeddings": 1}, "num_hidden_layers must be int.*tie_word_embeddings"),
+        ({"num_attention_heads": True}, "num_attention_heads must be int"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps must be float"),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids must be tuple of ids"),
+        ({"stop_token_ids": 3}, "stop_token_ids must be tuple"),
+        ({"vision": {"crops": 2}}, "unknown vision fields .'crops'"),
+        ({"vision": {"num_crops": "4"}}, "num_crops must be int"),
+        ({"vision": {"image_mean": (0.5, 0.5)}}, "image_mean must hold 3"),
+        ({"vision": {"image_std": 0.5}}, "image_std must be a list of numbers"),
+        ({"rope_scaling": {"factor": 2}}, "unknown rope_scaling fields .'factor'"),
+        ({"rope_scaling": {"short_factor": ["a"], "long_factor": [1]}}, "short_factor must be a list of numbers"),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        phi35.create("tiny-phi-3.5-vision", **changes)
+    assert presets.get("tiny-phi-3.5-mini").replace(rms_norm_eps=1).rms_norm_eps == 1
+
+
 def test_create_wants_a_name_or_a_config():
     with pytest.raises(ValueError, match="expected a preset's name or a ModelConfig, got dict"):
         phi35.create({"hidden_size": 64})
