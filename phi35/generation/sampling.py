@@ -73,7 +73,8 @@ def next_tokens(
         )
     if options.temperature == 0:
         return scores.argmax(dim=-1).tolist()
-    probabilities = filtered(scores, options).softmax(dim=-1)
+    # Counted from the best down, no score overflows upwards at a tiny temperature.
+    probabilities = filtered(scores - scores.amax(dim=-1, keepdim=True), options).softmax(dim=-1)
     draws = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
     return _inverted(probabilities.cpu(), draws).tolist()
 
@@ -87,7 +88,8 @@ def penalised(scores: torch.Tensor, ids: Iterable[int], penalty: float) -> torch
 
 def filtered(scores: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
     """Scores (B, V) after temperature, top-k, top-p and min-p; what is dropped is -inf. The best token stays."""
-    scores = scores / options.temperature
+    # A smaller divisor counts as 0, and 0 / 0 is no score.
+    scores = scores / max(options.temperature, torch.finfo(scores.dtype).tiny)
     if options.top_k is not None and options.top_k < scores.shape[-1]:
         threshold = scores.topk(options.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < threshold, -math.inf)
@@ -124,6 +126,8 @@ def seed_problems(seed: Any, num_rows: int) -> Iterator[str]:
         yield f"seed must be a whole number, None or a list of one a row, got {seed!r}"
     elif seeds is seed and (len(seeds) != num_rows or None in seeds):
         yield f"seed must hold one whole number for each of the {num_rows} rows, got {seed!r}"
+    elif not all(value is None or -(2**63) <= value < 2**64 for value in seeds):
+        yield f"seed must fit into 64 bits, got {seed!r}"
 
 
 def _inverted(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

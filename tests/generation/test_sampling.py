@@ -101,3 +101,10 @@ def test_seeds() -> None:
     assert [g.initial_seed() for g in row_generators(5, 3)] == [5, 5, 5]
     assert [g.initial_seed() for g in row_generators([1, 2], 2)] == [1, 2]
     assert len({g.initial_seed() for g in row_generators(None, 4)}) == 4
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-42, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    scores = torch.randn(4, 60, generator=torch.Generator().manual_seed(3)) * 20
+    chosen = next_tokens(scores, SamplingOptions(temperature=temperature), [[]] * 4, row_generators(0, 4))
+    assert chosen == scores.argmax(dim=-1).tolist()
