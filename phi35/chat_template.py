@@ -99,7 +99,7 @@ def render(template: str, messages: list[dict[str, str]], add_generation_prompt:
         return _compiled(template).render(
             messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **tokens
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:  # code of a template may fail
         raise ValueError(f"the tokenizer's chat template cannot render these messages: {error}") from error
 
 

@@ -1,6 +1,7 @@
 """Models from presets, folders and hub ids, and back to folders."""
 
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -92,6 +93,9 @@ def save(
         ValueError: if the path is a file, the size is none, or the model's tensors do not fit its config (such as
             under expert parallelism or ZeRO-3, where a process holds parts of them alone).
     """
+    if not isinstance(model, torch.nn.Module) or not isinstance(folder, str | os.PathLike):
+        given = ", ".join(type(argument).__name__ for argument in (model, processor, folder))
+        raise ValueError(f"save takes (model, processor, folder), got ({given})")
     target = Path(folder).expanduser()
     if target.exists() and not target.is_dir():
         raise ValueError(f"cannot save into {target}: it is a file, expected a folder or a new name")
@@ -141,6 +145,8 @@ def find_folder(folder_or_hub_id: str | Path) -> Path:
         ValueError: if it is neither a folder nor a hub id, or the hub has no such repository.
         OSError: if the hub cannot be reached.
     """
+    if not isinstance(folder_or_hub_id, str | os.PathLike) or not str(folder_or_hub_id):
+        raise ValueError(f"expected a folder or a hub id (owner/name), got {folder_or_hub_id!r}")
     path = Path(folder_or_hub_id).expanduser()
     if path.is_dir():
         return path

@@ -158,6 +158,8 @@ class Tokenizer:
         if roles is None:
             roles = {name: _content(settings[name]) for name in TOKEN_ROLES if settings.get(name)}
         _write_json(folder / "special_tokens_map.json", roles)
+        # Left by an earlier save of another program, it would win over the template just written.
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
 
     def _role_id(self, name: str) -> int | None:
         content = _content(self.settings.get(name))
@@ -206,9 +208,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 REQUIRED = ("torch", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "numpy", "pillow", "timm", "torchvision")
@@ -103,7 +104,12 @@ def _default_model() -> list[dict[str, Any]]:
 
     chosen = os.environ.get(MODEL_VARIABLE)
     if chosen:
-        return [{"source": MODEL_VARIABLE, "model": chosen}]
+        folder = Path(chosen).expanduser()
+        if folder.is_dir():
+            state = "a model folder" if (folder / "config.json").is_file() else "a folder without config.json"
+        else:
+            state = "no folder here: taken as a hub id" if "/" in chosen else "MISSING: neither a folder nor a hub id"
+        return [{"source": MODEL_VARIABLE, "model": chosen, "state": state}]
     weights = sorted(SMALL_MODEL.glob("*.safetensors"))
     state = str(SMALL_MODEL) if weights else f"{SMALL_MODEL} (its weights are missing)"
     return [{"source": "inside the package", "model": state}]

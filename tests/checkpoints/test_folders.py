@@ -13,6 +13,8 @@ import phi35
 from phi35 import presets
 from phi35.api import SMALL_MODEL
 from phi35.loading import load_processor
+from phi35.processor import Processor
+from phi35.tokenizer import Tokenizer
 
 FAMILIES = ["tiny-phi-3-medium-128k", "tiny-phi-3.5-moe", "tiny-phi-3.5-vision", "combined", "tied"]
 
@@ -34,7 +36,7 @@ def files_of(folder):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_load_save_load_changes_no_byte(family, dtype, tmp_path):
     model = model_of(family, dtype=dtype)
-    processor = load_processor(SMALL_MODEL, model.config)
+    processor = Processor(Tokenizer.from_folder(SMALL_MODEL), model.config)
     phi35.save(model, processor, tmp_path / "first", max_shard_size="250KB")
     loaded, its_processor = phi35.load(tmp_path / "first", device="cpu", dtype="auto")
     assert loaded.config == model.config and not loaded.training
@@ -60,6 +62,38 @@ def test_a_frozen_tensor_stays_frozen_and_a_loaded_model_trains(tmp_path):
     ids = torch.randint(3, 1000, (2, 6))
     model.train()(ids, labels=ids).loss.backward()
     assert model.model.layers[0].self_attn.qkv_proj.weight.grad.abs().max() > 0
+
+
+def test_a_save_over_another_programs_files_leaves_none_of_its_templates(tmp_path):
+    model = model_of("tiny-phi-3.5-moe")
+    (tmp_path / "chat_template.jinja").write_text("a template of an earlier save")
+    processor = Processor(Tokenizer.from_folder(SMALL_MODEL), model.config)
+    phi35.save(model, processor, tmp_path)
+    turn = [{"role": "user", "content": "Hi"}]
+    found = phi35.load(tmp_path, device="cpu")[1].apply_chat_template(turn)
+    assert found == processor.apply_chat_template(turn) != "a template of an earlier save"
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"[1]", b'{"a": ', b"\xff"])
+def test_damaged_json_files_are_named(file, content, tmp_path):
+    model = model_of("tiny-phi-3.5-moe")
+    phi35.save(model, load_processor(SMALL_MODEL, model.config), tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} (is not valid JSON|must hold a JSON object)"):
+        phi35.load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_what_is_no_name_at_all_is_refused(name):
+    with pytest.raises(ValueError, match="expected a folder or a hub id"):
+        phi35.load(name)
+
+
+def test_save_wants_its_arguments_in_order(tmp_path):
+    model = model_of("tied")
+    with pytest.raises(ValueError, match=r"model, processor, folder.*got \(CausalLM, PosixPath, NoneType\)"):
+        phi35.save(model, tmp_path, None)
 
 
 def test_names_that_are_no_folder_are_told_apart(tmp_path):
@@ -174,7 +208,14 @@ def test_doctor_says_what_is_missing(monkeypatch, tmp_path):
     from phi35.cli.doctor import doctor
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("PHI35_MODEL", "some/folder")
-    output = run(doctor).output
+    states = {
+        "nonsense": "MISSING: neither a folder nor a hub id",
+        "some/folder": "no folder here: taken as a hub id",
+        str(tmp_path): "a folder without config.json",
+        str(SMALL_MODEL): "a model folder",
+    }
+    for name, state in states.items():
+        monkeypatch.setenv("PHI35_MODEL", name)
+        output = run(doctor).output
+        assert f"PHI35_MODEL  {name}  {state}\n" in output
     assert "not on the PATH; needed for building MegaBlocks" in output
-    assert "some/folder" in output
