@@ -103,6 +103,8 @@ class CausalLM(nn.Module):
             ValueError: for inputs that contradict each other, or an unannounced LongRoPE crossing of a cached row.
         """
         self._check_inputs(input_ids, inputs_embeds, labels, logits_to_keep)
+        if past_key_values is not None and not isinstance(past_key_values, KVCache):
+            raise ValueError(f"past_key_values must come from new_cache(), got {type(past_key_values).__name__}")
         if past_key_values is None and use_cache:
             given = input_ids if input_ids is not None else inputs_embeds
             assert given is not None
@@ -193,16 +195,26 @@ class CausalLM(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids (B, T) and inputs_embeds (B, T, D)")
         given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
+        for name, ids in (("input_ids", input_ids), ("labels", labels)):
+            if ids is not None and (not isinstance(ids, torch.Tensor) or ids.is_floating_point()):
+                raise ValueError(f"{name} must be a tensor (B, T) of whole numbers, got {_shown(ids)}")
+        if not isinstance(given, torch.Tensor):
+            raise ValueError(f"inputs_embeds must be a tensor (B, T, D), got {_shown(given)}")
         if given.dim() != (2 if input_ids is not None else 3):
             expected = "input_ids (B, T)" if input_ids is not None else "inputs_embeds (B, T, D)"
             raise ValueError(f"expected {expected}, got shape {tuple(given.shape)}")
         if given.shape[0] == 0 or given.shape[1] == 0:
             raise ValueError(f"the batch is empty: shape {tuple(given.shape)}; give at least one row of one token")
+        if input_ids is None and given.shape[2] != self.config.hidden_size:
+            raise ValueError(f"inputs_embeds must be {self.config.hidden_size} wide, got {tuple(given.shape)}")
         if labels is not None and labels.shape != given.shape[:2]:
             raise ValueError(f"labels must be {tuple(given.shape[:2])} like the inputs, got {tuple(labels.shape)}")
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be 0 (all) or positive, got {logits_to_keep}")
+
+
+def _shown(value: Any) -> str:
+    return f"one of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 class Decoder(nn.Module):

@@ -131,3 +131,25 @@ def test_bad_arguments_are_named() -> None:
         model(random_ids(2, 5), attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="exactly one of input_ids"):
         model()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"input_ids": torch.ones(1, 3)},
+            "input_ids must be a tensor .B, T. of whole numbers, got one of torch.float32",
+        ),
+        ({"input_ids": [[1, 2]]}, "input_ids must be a tensor .* got list"),
+        ({"inputs_embeds": [[1.0]]}, "inputs_embeds must be a tensor"),
+        ({"inputs_embeds": torch.ones(1, 3, 5)}, "wide, got .1, 3, 5."),
+        ({"input_ids": torch.ones(1, 3).long(), "labels": torch.ones(1, 3)}, "labels must be a tensor"),
+        (
+            {"input_ids": torch.ones(1, 1).long(), "past_key_values": ((1,),)},
+            "past_key_values must come from new_cache",
+        ),
+    ],
+)
+def test_inputs_of_the_wrong_kind_are_named(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_of()(**given)
