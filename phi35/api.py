@@ -17,6 +17,7 @@ import torch
 from phi35.chat_template import Message, flatten_messages, image_tag
 from phi35.device import pick_device, pick_dtype
 from phi35.generation.decoding import Decoding
+from phi35.generation.stopping import stop_strings
 from phi35.generation.streaming import TextStream, text_of
 from phi35.processor import IMAGE_TAG, Processor
 
@@ -57,7 +58,7 @@ def generate(
             text and image parts.
         model: folder or hub id, a (model, processor) pair, or a model that ``phi35.load`` returned; None takes the
             environment variable PHI35_MODEL, read at each call, else the small model inside the package. Models
-            named by folder or id stay in memory, the latest two.
+            named by folder or id stay in memory, the latest two; a folder whose files changed is read anew.
         system: text of a system turn put first.
         max_new_tokens: most tokens of an answer.
         temperature: 0 for the most likely tokens (greedy), else sampling.
@@ -70,7 +71,7 @@ def generate(
         stream: return an iterator of pieces of the answer (for one prompt).
         num_crops: limit of tiles for the images, or one per image in their nesting.
         device: where a model named by folder or id is loaded: by default CUDA where there is one, else the CPU.
-        dtype: of its weights: by default bfloat16 on CUDA and float32 on the CPU.
+        dtype: of its weights: by default bfloat16 on CUDA and float32 on the CPU; "auto" as stored.
         rope_mode: "reference" or "pinned", see ``phi35.generation.decoding``.
         **unknown: refused, with the nearest known names.
 
@@ -79,6 +80,7 @@ def generate(
 
     Raises:
         ValueError: for unknown keywords and bad arguments, naming them.
+        OSError: if the model is a hub id and the hub cannot be reached.
     """
     _refuse(unknown)
     if (prompt is None) == (messages is None):
@@ -93,8 +95,9 @@ def generate(
     else:
         assert prompt is not None
         texts = _prompt_texts(processor, prompt, images, system)
+    _refuse_tags_without_images(processor, texts)
     batch = processor(texts, images=images, num_crops=num_crops)
-    stops = (stop,) if isinstance(stop, str) else () if stop is None else tuple(stop)
+    stops = stop_strings(stop)
     decoding = Decoding(
         loaded,
         **batch,
@@ -125,12 +128,20 @@ def resolve_model(
 
     Raises:
         ValueError: if it names nothing that can be loaded, or device or dtype are given with a loaded model.
+        OSError: if it is a hub id and the hub cannot be reached.
     """
+    variable = os.environ.get(MODEL_VARIABLE) if model is None else None
     if model is None:
-        model = os.environ.get(MODEL_VARIABLE) or SMALL_MODEL
+        model = variable or SMALL_MODEL
     if isinstance(model, str | os.PathLike):
         picked = pick_device(device)
-        return _loaded(os.fspath(model), picked, pick_dtype(dtype, picked))
+        try:
+            return _loaded(*_state(os.fspath(model)), picked, dtype if dtype == "auto" else pick_dtype(dtype, picked))
+        except (ValueError, OSError) as error:
+            if not variable:
+                raise
+            kind = ValueError if isinstance(error, ValueError) else OSError
+            raise kind(f"the environment variable {MODEL_VARIABLE} names {variable!r}: {error}") from error
     if device is not None or dtype is not None:
         raise ValueError("device= and dtype= choose how a folder is loaded; a loaded model has its own: use model.to")
     pair = model if isinstance(model, tuple) else (model, getattr(model, "processor", None))
@@ -142,9 +153,20 @@ def resolve_model(
     return pair
 
 
+def _state(name: str) -> tuple[str, tuple[tuple[str, int, int], ...]]:
+    """A folder's whole path, with the time and size of each file: a model saved anew is another one."""
+    folder = Path(name).expanduser()
+    if not name or not folder.is_dir():
+        return name, ()
+    stats = [(entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file()]
+    return str(folder.resolve()), tuple(sorted((file, stat.st_mtime_ns, stat.st_size) for file, stat in stats))
+
+
 @lru_cache(maxsize=2)
-def _loaded(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Processor]:
-    """Models by name, device and dtype: the two used last stay in memory."""
+def _loaded(
+    name: str, state: tuple[tuple[str, int, int], ...], device: torch.device, dtype: str | torch.dtype
+) -> tuple[Any, Processor]:
+    """Models by name, state of their files, device and dtype: the two used last stay in memory."""
     from phi35.loading import load
 
     model, processor = load(name, device=device, dtype=dtype)
@@ -195,6 +217,13 @@ def _chat_text(
         raise ValueError("the messages carry pictures and images= came too: give them in one place")
     images = found or images
     return _rendered(processor, flat, _count(images), system), images
+
+
+def _refuse_tags_without_images(processor: Processor, texts: str | list[str]) -> None:
+    """To a text-only processor a tag is text like any other; here its writer surely meant a picture."""
+    tag = IMAGE_TAG.search(texts if isinstance(texts, str) else "\n".join(texts))
+    if tag and processor.config.vision is None:
+        raise ValueError(f"the prompt has {tag[0]} and this model reads text only: take the tag out")
 
 
 def _count(images: Any) -> int:

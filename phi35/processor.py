@@ -8,7 +8,7 @@ the real crops alone. Text-only models use the same class without an image trans
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,9 @@ class Processor:
             ValueError: for empty or mistyped prompts, images that do not match the prompts or their tags, and
                 files that cannot be read.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else []
         if not texts or not all(isinstance(text, str) and text for text in texts):
-            raise ValueError("prompts must be a non-empty str or a non-empty list of non-empty str")
+            raise ValueError(f"prompts must be a non-empty str or a non-empty list of non-empty str, got {prompts!r}")
         nested = _nested(images, len(texts), isinstance(prompts, str))
         limits = self._limits(num_crops, nested, isinstance(prompts, str))
         texts = [

@@ -72,6 +72,8 @@ def _from_path(path: Path) -> Image.Image:
     name = f"image {shown!r}"
     if str(path).startswith(("http:/", "https:/", "data:")):
         raise ValueError(f"{name} is an address, and nothing is fetched here: give a path or the picture's bytes")
+    if "\0" in str(path):
+        raise ValueError(f"image {shown!r} is no path: it holds a null character")
     try:
         if path.is_dir():
             raise ValueError(f"{name} is a folder: give the path of one picture")

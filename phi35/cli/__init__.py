@@ -25,6 +25,6 @@ def main() -> None:
     app.add_typer(eval_app, name="eval", help="Evaluate a model on data at hand.")
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: the hub cannot be reached, a disk is full
         print(f"phi35: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

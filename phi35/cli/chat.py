@@ -39,8 +39,8 @@ def chat(
                 print(piece, end="", flush=True)
         except ValueError as error:
             # A mistake in one line must not end the conversation.
-            print(f"error: {error}", file=sys.stderr, end="")
-        print(flush=True)
+            print(f"error: {error}", file=sys.stderr)
+        print(flush=True)  # also after a mistake: in a pipe, each line of input has its line of output
 
 
 class Conversation:
@@ -81,11 +81,11 @@ class Conversation:
         return self._answer(line)
 
     def _add_image(self, path: str) -> str:
-        from phi35.registry import resolve
-
-        if self.model[1].config.vision is None:
+        processor = self.model[1]
+        if processor.config.vision is None:
             raise ValueError("this model reads text only")
-        resolve("vision.decode:open_image")(path)
+        # As the question will: a picture that only fails there would spoil every question after it.
+        processor.image_transform(path)
         self.images.append(path)
         return f"(picture {len(self.images)}: {path})"
 

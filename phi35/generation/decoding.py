@@ -19,7 +19,7 @@ import torch
 
 from phi35.cache import KVCache
 from phi35.generation.sampling import SamplingOptions, next_tokens, row_generators, seed_problems
-from phi35.generation.stopping import stop_problems
+from phi35.generation.stopping import stop_problems, stop_strings
 from phi35.generation.streaming import TextStream
 from phi35.tokenizer import Tokenizer
 
@@ -145,6 +145,9 @@ class Decoding:
     ) -> None:
         self.model, self.config = model, model.config
         self.options = _options(options)
+        for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+            if not isinstance(value, torch.Tensor) and (value is not None or name == "input_ids"):
+                raise ValueError(f"{name} must be a tensor (B, T), got {type(value).__name__}")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self._check(input_ids, mask, pixel_values, tokenizer)
         self.options.warn_without_effect()
@@ -347,8 +350,11 @@ def _options(given: dict[str, Any]) -> DecodingOptions:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"unknown options {unknown}; known are {sorted(known)}")
-    stop = given.get("stop")
-    given = {**given, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ())}
-    if given.get("stop_token_ids") is not None:
-        given["stop_token_ids"] = tuple(given["stop_token_ids"])
+    given = {**given, "stop": stop_strings(given.get("stop"))}
+    stop_ids = given.get("stop_token_ids")
+    if stop_ids is not None:
+        listed = isinstance(stop_ids, list | tuple | set | frozenset)
+        if not listed or not all(type(token) is int for token in stop_ids):
+            raise ValueError(f"stop_token_ids must be a list of token ids (int), got {stop_ids!r}")
+        given["stop_token_ids"] = tuple(stop_ids)
     return DecodingOptions(**given)

@@ -44,6 +44,19 @@ class StopStrings:
         return released
 
 
+def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The stop strings that a caller's ``stop`` means.
+
+    Raises:
+        ValueError: if it is neither None, a string nor a list.
+    """
+    if stop is None or isinstance(stop, str):
+        return () if stop is None else (stop,)
+    if not isinstance(stop, list | tuple):
+        raise ValueError(f"stop must be a string or a list of strings, got {stop!r}")
+    return tuple(stop)
+
+
 def stop_problems(stops: Sequence[str]) -> list[str]:
     """What is wrong with a list of stop strings, as messages."""
     bad = [stop for stop in stops if not isinstance(stop, str) or not stop]

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 import phi35
 from phi35 import api
+from phi35.cli import main
+from phi35.cli.chat import Conversation
 from phi35.cli.chat import chat as chat_command
 from phi35.cli.generate import generate
 from phi35.generation.streaming import text_of
@@ -120,8 +122,11 @@ def test_pictures_of_every_kind_give_the_same_answer(tmp_path: Path) -> None:
 def test_a_text_only_model_takes_the_same_call() -> None:
     text = pair("tiny-phi-3.5-moe")
     assert isinstance(ask("Hi", model=text), str)
+    assert ask("Hi", [], model=text) == ask("Hi", model=text)
     with pytest.raises(ValueError, match="text only"):
         ask("Hi", [RED], model=text)
+    with pytest.raises(ValueError, match=r"<\|image_1\|> and this model reads text only"):
+        ask("What shows <|image_1|>?", model=text)
 
 
 def test_a_model_is_found_by_folder_and_by_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +136,23 @@ def test_a_model_is_found_by_folder_and_by_the_environment(folder: Path, monkeyp
     monkeypatch.setenv("PHI35_MODEL", str(folder))
     assert ask("What?", [RED], model=None, device="cpu") == expected
     monkeypatch.setenv("PHI35_MODEL", "/no/such/folder")
-    with pytest.raises(ValueError, match="/no/such/folder"):
+    with pytest.raises(ValueError, match="PHI35_MODEL names '/no/such/folder'"):
         ask("What?", model=None)
+
+
+def test_a_folder_saved_anew_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for place, seed in (("one", 3), ("one", 4), ("two", 5)):
+        (tmp_path / place).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / place)
+        model = phi35.create("tiny-phi-3.5-mini", seed=seed, initializer_range=0.3)
+        saved = model, Processor(Tokenizer.from_folder(api.SMALL_MODEL), model.config)
+        phi35.save(*saved, "model")
+        answers.append(ask("What?", model="model", device="cpu"))
+        assert answers[-1] == ask("What?", model=saved)
+    assert len(set(answers)) == 3
+    assert api.resolve_model("model", "cpu")[0] is api.resolve_model("model", "cpu")[0]
+    assert api.resolve_model("model", "cpu", "auto")[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -148,6 +168,10 @@ def test_a_model_is_found_by_folder_and_by_the_environment(folder: Path, monkeyp
         ({"prompt": ["x"], "stream": True}, "stream"),
         ({"prompt": "x", "stop": ""}, "stop"),
         ({"prompt": "x", "stop": ["a", 3]}, "stop"),
+        ({"prompt": "x", "stop": 3}, "stop must be a string or a list"),
+        ({"prompt": "x", "seed": 2**64}, "seed must fit"),
+        ({"prompt": "x", "images": ["a\0b"]}, "null character"),
+        ({"prompt": "x", "model": ""}, "expected a folder or a hub id"),
         ({"prompt": "x", "temperature": -1.0, "top_p": 2.0}, "temperature.*top_p"),
         ({"prompt": "x", "model": 3}, "model= must be"),
         ({"prompt": "x", "model": "no/such/model/folder"}, "no/such/model/folder"),
@@ -183,6 +207,28 @@ def test_the_generate_command_prints_the_answer(folder: Path, tmp_path: Path) ->
         generate, "--model", str(folder), "--image", str(path), "--max-new-tokens", "8", "--device", "cpu", "What?"
     )
     assert done.stdout == ask("What?", [RED]) + "\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bad value"), OSError("no network")])
+def test_the_command_line_gives_one_message(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(api, "resolve_model", refuse)
+    monkeypatch.setattr("sys.argv", ["phi35", "generate", "--model", "owner/name", "Hi"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"phi35: error: {error}\n"
+
+
+def test_a_picture_that_cannot_be_asked_about_is_refused_at_once(tmp_path: Path) -> None:
+    conversation = Conversation(pair(), max_new_tokens=4)
+    path = tmp_path / "narrow.png"
+    Image.new("RGB", (2000, 1)).save(path)
+    with pytest.raises(ValueError, match="aspect ratio"):
+        conversation.take(f"/image {path}")
+    assert "".join(conversation.take("Hi")) == ask("Hi", max_new_tokens=4)
 
 
 def test_the_chat_command_reads_a_pipe(folder: Path, tmp_path: Path) -> None:
