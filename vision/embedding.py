@@ -6,6 +6,7 @@ different numbers of images, and only real crops run through the tower.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -86,21 +87,28 @@ class VisionEmbedding(nn.Module):
         """
         if pixel_values is not None and pixel_values.shape[0] == 0:
             pixel_values = None
+        grids: list[tuple[int, int]] = []
         if image_features is None and pixel_values is not None:
-            image_features = self.features(pixel_values, image_sizes)
+            grids = self._grids(image_sizes, pixel_values)
         elif pixel_values is not None:
             raise ValueError("give either pixel_values or image_features, not both")
         elif image_features is None and image_sizes is not None and len(image_sizes):
             raise ValueError(
                 f"image_sizes of {len(image_sizes)} images came without pixel_values: give both or neither"
             )
-        if not image_features:
+        if not grids and not image_features:
             self._check_no_placeholders(input_ids)
             always = self.training if self.run_tower_always is None else self.run_tower_always
             return inputs_embeds + self._nothing().to(inputs_embeds.dtype) if always else inputs_embeds
-        num_tokens = [len(features) for features in image_features]
+        num_tokens = self._num_tokens(grids) if image_features is None else [len(each) for each in image_features]
+        # Before the tower's work is queued: whatever reads the ids on the host would wait for it to end.
         placement = place_features(input_ids, num_tokens, self.config.image_token_id, num_images)
-        values = torch.cat(list(image_features)).to(inputs_embeds)[placement.feature_indices]
+        if image_features is None:
+            assert pixel_values is not None
+            features = self._features(pixel_values, grids)
+        else:
+            features = torch.cat(list(image_features))
+        values = features.to(inputs_embeds)[placement.feature_indices]
         return inputs_embeds.index_put((placement.rows, placement.columns), values)
 
     def features(self, pixel_values: Tensor, image_sizes: Tensor | Sequence[Sequence[int]] | None) -> list[Tensor]:
@@ -116,47 +124,63 @@ class VisionEmbedding(nn.Module):
         Raises:
             ValueError: if the sizes are no multiples of the tile side, or need another number of crops than came.
         """
-        grids = self._grids(image_sizes)
+        grids = self._grids(image_sizes, pixel_values)
+        return list(self._features(pixel_values, grids).split(self._num_tokens(grids)))
+
+    def _features(self, pixel_values: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+        """(tokens, D) of all images, one after the other."""
+        first_crop = list(accumulate((1 + rows * columns for rows, columns in grids), initial=0))
+        by_grid: dict[tuple[int, int], list[int]] = {}
+        for image, grid in enumerate(grids):
+            by_grid.setdefault(grid, []).append(image)
+        # Before the tower's work is queued, which a copy from the host would wait for.
+        starts = [
+            torch.tensor([first_crop[image] for image in images], device=pixel_values.device)
+            for images in by_grid.values()
+        ]
+        merged = merge_patches(self.img_processor(pixel_values))
+        pieces = [
+            self._sequences(merged, grid, first).flatten(0, 1) for grid, first in zip(by_grid, starts, strict=True)
+        ]
+        # one call for all: each rank of a sharded model then makes the same calls, whatever its images
+        projected = self.img_projection(torch.cat(pieces))
+        if len(by_grid) == 1:
+            return projected
+        order = [image for images in by_grid.values() for image in images]
+        num_tokens = self._num_tokens(grids)
+        by_image = dict(zip(order, projected.split([num_tokens[image] for image in order]), strict=True))
+        return torch.cat([by_image[image] for image in range(len(grids))])
+
+    def _num_tokens(self, grids: list[tuple[int, int]]) -> list[int]:
+        side = self.config.image_size
+        known = {grid: num_image_tokens(grid[0] * side, grid[1] * side, self.config) for grid in set(grids)}
+        return [known[grid] for grid in grids]
+
+    def _sequences(self, merged: Tensor, grid: tuple[int, int], starts: Tensor) -> Tensor:
+        """(N, tokens, 4 W) of the images of one grid, whose global views stand at ``starts`` (N,) of ``merged``."""
+        num_tiles = grid[0] * grid[1]
+        tiles = merged[(starts[:, None] + torch.arange(1, 1 + num_tiles, device=merged.device)).flatten()]
+        views = self.glb_GN.to(merged.dtype).expand(len(starts), 1, -1)
+        tile_rows = end_rows(join_tiles(tiles, grid), self.sub_GN)
+        return torch.cat([tile_rows, views, end_rows(merged[starts], self.sub_GN)], dim=1)
+
+    def _grids(
+        self, image_sizes: Tensor | Sequence[Sequence[int]] | None, pixel_values: Tensor
+    ) -> list[tuple[int, int]]:
+        """(rows, columns) of each image's tiles, checked against the crops that came."""
+        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+        if not sizes or not all(isinstance(size, Sequence) and len(size) == 2 for size in sizes):
+            raise ValueError(
+                f"pixel_values need image_sizes (N, 2), heights and widths after padding; got {image_sizes}"
+            )
+        grids = [tile_grid(int(height), int(width), self.config) for height, width in sizes]
         crops_per_image = [1 + rows * columns for rows, columns in grids]
         if pixel_values.dim() != 4 or pixel_values.shape[0] != sum(crops_per_image):
             raise ValueError(
                 f"image_sizes of {len(grids)} images need {sum(crops_per_image)} crops ({crops_per_image}, a global "
                 f"view and the tiles of each), but pixel_values have shape {tuple(pixel_values.shape)}"
             )
-        merged = merge_patches(self.img_processor(pixel_values))
-        first_crop = [0]
-        for count in crops_per_image:
-            first_crop.append(first_crop[-1] + count)
-        by_grid: dict[tuple[int, int], list[int]] = {}
-        for image, grid in enumerate(grids):
-            by_grid.setdefault(grid, []).append(image)
-        pieces, order, lengths = [], [], []
-        for grid, images in by_grid.items():
-            tokens = self._sequences(merged, grid, [first_crop[image] for image in images])
-            pieces.append(tokens.flatten(0, 1))
-            order += images
-            lengths += [tokens.shape[1]] * len(images)
-        # one call for all: each rank of a sharded model then makes the same calls, whatever its images
-        projected = self.img_projection(torch.cat(pieces)).split(lengths)
-        by_image = dict(zip(order, projected, strict=True))
-        return [by_image[image] for image in range(len(grids))]
-
-    def _sequences(self, merged: Tensor, grid: tuple[int, int], first_crops: list[int]) -> Tensor:
-        """(N, tokens, 4 W) of the images of one grid, whose global views stand at ``first_crops`` of ``merged``."""
-        num_tiles = grid[0] * grid[1]
-        starts = torch.tensor(first_crops, device=merged.device)
-        tiles = merged[(starts[:, None] + torch.arange(1, 1 + num_tiles, device=merged.device)).flatten()]
-        views = self.glb_GN.to(merged.dtype).expand(len(first_crops), 1, -1)
-        tile_rows = end_rows(join_tiles(tiles, grid), self.sub_GN)
-        return torch.cat([tile_rows, views, end_rows(merged[starts], self.sub_GN)], dim=1)
-
-    def _grids(self, image_sizes: Tensor | Sequence[Sequence[int]] | None) -> list[tuple[int, int]]:
-        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
-        if not sizes or not all(isinstance(size, Sequence) and len(size) == 2 for size in sizes):
-            raise ValueError(
-                f"pixel_values need image_sizes (N, 2), heights and widths after padding; got {image_sizes}"
-            )
-        return [tile_grid(int(height), int(width), self.config) for height, width in sizes]
+        return grids
 
     def _check_no_placeholders(self, input_ids: Tensor) -> None:
         side = self.config.image_size
@@ -179,5 +203,6 @@ class VisionEmbedding(nn.Module):
         """
         side = self.config.image_size
         merged = merge_patches(self.img_processor(self.glb_GN.new_zeros(1, 3, side, side)))
-        tokens = self._sequences(merged.expand(2, -1, -1, -1), (1, 1), [0])
+        first = torch.zeros(1, dtype=torch.int64, device=merged.device)
+        tokens = self._sequences(merged.expand(2, -1, -1, -1), (1, 1), first)
         return self.img_projection(tokens.flatten(0, 1)).sum() * 0

@@ -7,6 +7,7 @@ the order of the list whatever the tags say; this one follows the tags.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ def place_features(
     Raises:
         ValueError: if placeholders and images do not match, with both counts.
     """
+    device, input_ids = input_ids.device, input_ids.cpu()  # one copy; what follows asks for values all the time
     negative = input_ids < 0
     tagged = bool(negative.any())
     rows, columns = (negative if tagged else input_ids == image_token_id).nonzero(as_tuple=True)
@@ -67,11 +69,11 @@ def place_features(
     first_feature = [0]
     for count in num_tokens:
         first_feature.append(first_feature[-1] + count)
-    device = input_ids.device
-    starts = torch.tensor([first_feature[image] for image in images], dtype=torch.int64, device=device)
-    period = torch.tensor(periods, dtype=torch.int64, device=device)
-    position_in_run = torch.arange(len(rows), device=device) - run_starts[run_indices]
-    return Placement(rows, columns, starts[run_indices] + position_in_run % period[run_indices])
+    starts = torch.tensor([first_feature[image] for image in images], dtype=torch.int64)
+    period = torch.tensor(periods, dtype=torch.int64)
+    position_in_run = torch.arange(len(rows)) - run_starts[run_indices]
+    feature_indices = starts[run_indices] + position_in_run % period[run_indices]
+    return Placement(*torch.stack([rows, columns, feature_indices]).to(device))
 
 
 def _runs(rows: Tensor, columns: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,12 +110,13 @@ def _images_by_tag(runs: list[_Run], num_tokens: list[int], num_rows: int, num_i
                 f"{len(num_tokens)} came: give each row its images, in order, or say how many it owns with num_images"
             )
         num_images = highest
+    first_image = [0, *accumulate(num_images)]
     for row, (tag, owned) in enumerate(zip(highest, num_images, strict=True)):
         if tag > owned:
             raise ValueError(f"row {row} uses image tag {tag} but has {owned} images: give the image or drop the tag")
     images = []
     for run in runs:
-        image = sum(num_images[: run.row]) - run.token_id - 1
+        image = first_image[run.row] - run.token_id - 1
         if run.length % num_tokens[image]:
             raise ValueError(
                 f"row {run.row} has {run.length} placeholders of id {run.token_id} in a run, but its image "
