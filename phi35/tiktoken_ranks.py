@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from phi35.byte_level import byte_of_character
+
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,8 +60,6 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _definition(ranks: dict[bytes, int], special: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    from phi35.tokenizer import byte_of_character
-
     character = {byte: text for text, byte in byte_of_character().items()}
     text = {token: "".join(character[byte] for byte in token) for token in ranks}
     merges = []

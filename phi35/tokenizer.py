@@ -6,13 +6,14 @@ and a finished text decode alike: it equals the library's decoding of valid UTF-
 only those become U+FFFD (the library replaces the whole run of byte tokens they stand in).
 """
 
-import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from phi35.byte_level import byte_of_character
 from phi35.chat_template import FAMILY_TEMPLATE, Message, flatten_messages, render
+from phi35.tiktoken_ranks import definition_from_folder
 
 TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -78,8 +79,6 @@ class Tokenizer:
         if definition_path.is_file():
             definition = definition_path.read_bytes().decode("utf-8")
         else:
-            from phi35.tiktoken_ranks import definition_from_folder
-
             definition = definition_from_folder(folder, settings)
         template_path = folder / "chat_template.jinja"
         template = template_path.read_text("utf-8") if template_path.is_file() else _template(settings)
@@ -164,15 +163,6 @@ class Tokenizer:
     def _role_id(self, name: str) -> int | None:
         content = _content(self.settings.get(name))
         return None if content is None else self.backend.token_to_id(content)
-
-
-@functools.cache
-def byte_of_character() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, inverted: character -> byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _decoder_kind(decoder: dict[str, Any] | None) -> tuple[bool, int]:
