@@ -5,7 +5,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test lint format clean megablocks
+.PHONY: install demo test lint format clean megablocks gpu
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+gpu: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/moe_layer.py
 
 format: install
 	$(BIN)/ruff check --fix .
