@@ -26,6 +26,7 @@ class Tokenizer:
         settings: the contents of ``tokenizer_config.json``.
         chat_template: Jinja source; None takes the family's template (phi-3.5-mini's).
         special_tokens_map: the contents of ``special_tokens_map.json``; None derives them from the settings.
+        sentencepiece: the bytes of a ``tokenizer.model``, kept for the export alone.
 
     Raises:
         ValueError: if the definition cannot be read or decodes in a way this family does not use.
@@ -37,6 +38,7 @@ class Tokenizer:
         settings: dict[str, Any],
         chat_template: str | None = None,
         special_tokens_map: dict[str, Any] | None = None,
+        sentencepiece: bytes | None = None,
     ) -> None:
         import tokenizers
 
@@ -44,6 +46,7 @@ class Tokenizer:
         self.settings = settings
         self.chat_template = FAMILY_TEMPLATE if chat_template is None else chat_template
         self._special_tokens_map = special_tokens_map
+        self._sentencepiece = sentencepiece
         try:
             self.backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # the library raises bare Exception
@@ -83,7 +86,10 @@ class Tokenizer:
         template_path = folder / "chat_template.jinja"
         template = template_path.read_text("utf-8") if template_path.is_file() else _template(settings)
         special_tokens_map = _read_json(folder / "special_tokens_map.json")
-        return cls(definition, {**(special_tokens_map or {}), **settings}, template, special_tokens_map)
+        settings = {**(special_tokens_map or {}), **settings}
+        sentencepiece_path = folder / "tokenizer.model"
+        sentencepiece = sentencepiece_path.read_bytes() if sentencepiece_path.is_file() else None
+        return cls(definition, settings, template, special_tokens_map, sentencepiece)
 
     @property
     def vocab_size(self) -> int:
@@ -142,8 +148,9 @@ class Tokenizer:
         return render(self.chat_template, flat, add_generation_prompt, **tokens)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json (as it was read), tokenizer_config.json and special_tokens_map.json.
+        """Write tokenizer.json and tokenizer.model (as they were read), tokenizer_config.json, special_tokens_map.json.
 
+        tokenizer.model is what llama.cpp's converter asks for; nothing here reads it.
         The class is written as PreTrainedTokenizerFast, which makes transformers use tokenizer.json as it stands;
         under LlamaTokenizer it gives other ids.
         """
@@ -157,8 +164,11 @@ class Tokenizer:
         if roles is None:
             roles = {name: _content(settings[name]) for name in TOKEN_ROLES if settings.get(name)}
         _write_json(folder / "special_tokens_map.json", roles)
-        # Left by an earlier save of another program, it would win over the template just written.
-        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        # Left by an earlier save of another program, these would win over the files just written.
+        for name in ("chat_template.jinja", "tokenizer.model"):
+            (folder / name).unlink(missing_ok=True)
+        if self._sentencepiece is not None:
+            (folder / "tokenizer.model").write_bytes(self._sentencepiece)
 
     def _role_id(self, name: str) -> int | None:
         content = _content(self.settings.get(name))

@@ -127,6 +127,20 @@ def test_an_export_reads_back_and_gives_the_same_ids_in_transformers(name: str, 
     assert (theirs.pad_token_id or theirs.eos_token_id) == ours.pad_token_id
 
 
+def test_a_sentencepiece_file_is_kept_for_other_programs_and_read_by_none(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizer("phi-3-mini").save(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.model").write_bytes(b"no sentencepiece model")
+    ours = Tokenizer.from_folder(tmp_path / "source")
+    ours.save(tmp_path / "export")
+    assert (tmp_path / "export" / "tokenizer.model").read_bytes() == b"no sentencepiece model"
+    text = "<|user|>\nHi<|end|>\n<|assistant|>\n"
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "export"))
+    assert theirs(text).input_ids == ours.encode(text)
+    tokenizer("phi-3.5-vision").save(tmp_path / "export")
+    assert not (tmp_path / "export" / "tokenizer.model").exists()
+
+
 PHI_3_SMALL_IDS = {
     "Hello, world!  \n\n  We'VE 1234567 naïve 北京 😀\t<|user|>\nHi<|end|>": (
         "9906 11 1917 0 19124 220 1226 6 4592 220 4513 10961 22 95980 588 95405 245 47653 91416 197 "
