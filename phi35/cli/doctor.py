@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-REQUIRED = ("torch", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "numpy", "pillow", "timm", "torchvision")
+REQUIRED = (
+    *("torch", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "numpy", "pillow", "timm", "torchvision"),
+    *("typer", "tqdm", "pyyaml"),
+)
 OPTIONAL = {
     "deepspeed": "training over several processes (pip install 'phi35[train]')",
     "webdataset": "image training data (pip install 'phi35[train]')",

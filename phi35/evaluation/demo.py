@@ -85,10 +85,12 @@ def evaluate(
         progress: called with (questions answered, questions in all).
 
     Raises:
-        ValueError: for a limit below 1 or a model without vision.
+        ValueError: for a limit or batch size below 1, or a model without vision.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 question of each kind, got {limit}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if model.config.vision is None:
         raise ValueError("the demo asks about pictures, and this model is text-only: give a vision model")
     split, questions = resolve(QUESTIONS)()

@@ -56,6 +56,8 @@ def test_limit_takes_so_many_of_each_kind(loaded: tuple[object, Processor]) -> N
     assert len(table(result)) == 12
     with pytest.raises(ValueError, match="limit"):
         evaluate(*loaded, limit=0)
+    with pytest.raises(ValueError, match="batch_size"):
+        evaluate(*loaded, batch_size=0)
 
 
 def test_a_text_model_is_refused() -> None:
