@@ -58,8 +58,7 @@ class VisionCollator:
         self._encoded: dict[tuple[Messages, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
         side = config.vision.image_size
         self._is_one_tile = resized_size(side, side, config.vision.num_crops, config.vision) == (side, side)
-        self._mean = torch.tensor(config.vision.image_mean).view(3, 1, 1)
-        self._std = torch.tensor(config.vision.image_std).view(3, 1, 1)
+        self._statistics: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         """One batch.
@@ -71,8 +70,26 @@ class VisionCollator:
         Raises:
             ValueError: as ``encode``.
         """
+        return self.expand(self.compact(conversations))
+
+    def compact(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+        """One batch on its way to the device, where ``expand`` completes it.
+
+        Returns:
+            As a call; but where all pictures are exactly one tile, they stay what they are, "pictures" (N, S, S, 3)
+            uint8, in place of pixel_values: an eighth of the bytes.
+
+        Raises:
+            ValueError: as ``encode``.
+        """
         images = [image for conversation in conversations for image in conversation.images]
-        crops, sizes = self.crops(images)
+        pictures = self._one_tile_pictures(images)
+        if pictures is None:
+            crops, sizes = self.crops(images)
+            pixels = {"pixel_values": crops}
+        else:
+            sizes = [(self.vision.image_size, self.vision.image_size)] * len(images)
+            pixels = {"pictures": pictures}
         counts = [num_image_tokens(height, width, self.vision) for height, width in sizes]
         rows, first = [], 0
         for conversation in conversations:
@@ -89,8 +106,15 @@ class VisionCollator:
             attention_mask[index, : len(ids)] = 1
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if images:
-            batch |= {"pixel_values": crops, "image_sizes": torch.tensor(sizes)}
+            batch |= {**pixels, "image_sizes": torch.tensor(sizes)}
         return batch
+
+    def expand(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of ``compact``, wherever it lies now, as a call gives it: the same numbers on every device."""
+        if "pictures" not in batch:
+            return batch
+        rest = {name: value for name, value in batch.items() if name != "pictures"}
+        return {**rest, "pixel_values": self._normalised(batch["pictures"])}
 
     def crops(self, images: Sequence[np.ndarray]) -> tuple[Tensor, list[tuple[int, int]]]:
         """(C, 3, S, S) float32 crops of all pictures, global views first, and their padded sizes (H, W).
@@ -99,15 +123,36 @@ class VisionCollator:
         a batch of such pictures is normalised in one go. The result is that of ``ImageTransform``.
         """
         side = self.vision.image_size
-        if images and self._is_one_tile and all(image.shape == (side, side, 3) for image in images):
-            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-            plane = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-            plane = plane.div_(255).sub_(self._mean).div_(self._std)
-            return plane.repeat_interleave(2, dim=0), [(side, side)] * len(images)
+        pictures = self._one_tile_pictures(images)
+        if pictures is not None:
+            return self._normalised(pictures), [(side, side)] * len(images)
         transformed = [self.transform(np.ascontiguousarray(image)) for image in images]
         if not transformed:
             return torch.zeros(0, 3, side, side), []
         return torch.cat([item.pixel_values for item in transformed]), [item.image_size for item in transformed]
+
+    def _one_tile_pictures(self, images: Sequence[np.ndarray]) -> Tensor | None:
+        """(N, S, S, 3) uint8 where all pictures are exactly one tile, else None."""
+        side = self.vision.image_size
+        if images and self._is_one_tile and all(image.shape == (side, side, 3) for image in images):
+            return torch.from_numpy(np.stack(images))
+        return None
+
+    def _normalised(self, pictures: Tensor) -> Tensor:
+        """(N, S, S, 3) uint8 to (2 N, 3, S, S) float32: each picture as its global view and its tile."""
+        device = pictures.device
+        if device not in self._statistics:
+            # 255 as a tensor: by a number, a GPU multiplies with the reciprocal, which rounds otherwise.
+            whole = torch.tensor(255.0, device=device)
+            mean = torch.tensor(self.vision.image_mean, device=device).view(3, 1, 1)
+            self._statistics[device] = (
+                whole,
+                mean,
+                torch.tensor(self.vision.image_std, device=device).view(3, 1, 1),
+            )
+        whole, mean, std = self._statistics[device]
+        plane = pictures.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return plane.div_(whole).sub_(mean).div_(std).repeat_interleave(2, dim=0)
 
     def encode(self, messages: Messages, num_tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """(T,) ids and (T,) labels of one conversation, kept for the next time.

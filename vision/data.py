@@ -116,14 +116,14 @@ class ShardDataset(Dataset[tuple[Batch, int]]):
         return len(self._visits)
 
     def __getitem__(self, positions: tuple[int, int]) -> tuple[Batch, int]:
-        """The batch of positions [first, first + count) and how many unreadable samples it passed over."""
+        """The batch of positions [first, first + count), compact, and how many unreadable samples it passed over."""
         first, count = positions
         conversations, skipped = [], 0
         for position in range(first, first + count):
             conversation, passed = self.conversation(position)
             conversations.append(conversation)
             skipped += passed
-        return self.collator(conversations), skipped
+        return self.collator.compact(conversations), skipped
 
     def conversation(self, position: int) -> tuple[Conversation, int]:
         """The sample at a position of the stream; an unreadable one gives way to the next of its epoch.
@@ -236,6 +236,14 @@ class ShardLoader:
         return self.dataset.epoch_length
 
     def __iter__(self) -> Iterator[Batch]:
+        return map(self.expand, self.compact())
+
+    def expand(self, batch: Batch) -> Batch:
+        """A batch of ``compact``, on whatever device it is now, as ``iter`` gives it."""
+        return self.dataset.collator.expand(batch)
+
+    def compact(self) -> Iterator[Batch]:
+        """The batches in the form that crosses to the device, for ``expand`` to complete there."""
         stride = self.batch_size * self.world_size
         positions = _Positions(self._position, stride, self.rank * self.batch_size, self.batch_size)
         options: dict[str, Any] = {}

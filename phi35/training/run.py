@@ -5,7 +5,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from phi35.training.random_state import seed_everything
 
 SMALL_MODEL = Path(__file__).resolve().parents[1] / "small_model"
 """Folder of the package whose tokenizer the tiny presets use."""
+HOST_INPUTS = ("image_sizes",)
+"""Inputs of which the model reads the values: on the device it would have to wait for them."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,11 @@ def run_steps(
     """
     config, place = engine.config, engine.environment
     accumulation = config.gradient_accumulation_steps(place.world_size)
-    batches = iter(source)
+    batches = source.compact() if hasattr(source, "compact") else iter(source)
+    expand = getattr(source, "expand", None)
     saved = root / f"step-{first_step:08d}"
     for step in range(first_step, config.max_steps):
-        micro_batches, num_tokens = _next_micro_batches(batches, accumulation, place.device)
+        micro_batches, num_tokens = _next_micro_batches(batches, accumulation, place.device, expand)
         global_num_tokens = _sum_over_ranks(sum(num_tokens), place)
         learning_rate = engine.set_learning_rate(step)
         result = engine.step(micro_batches, num_tokens, global_num_tokens)
@@ -311,14 +314,20 @@ def _check_resumable(reader: CheckpointReader, config: TrainingConfig, model_con
 
 
 def _next_micro_batches(
-    batches: Iterator[dict[str, torch.Tensor]], count: int, device: torch.device
+    batches: Iterator[dict[str, torch.Tensor]],
+    count: int,
+    device: torch.device,
+    expand: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None,
 ) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
     """``count`` micro-batches on the device and their label tokens, counted before the labels leave the host."""
     taken, num_tokens = [], []
     for _ in range(count):
         batch = next(batches)
         num_tokens.append(count_label_tokens(batch["labels"]))
-        taken.append({name: value.to(device, non_blocking=True) for name, value in batch.items()})
+        moved = {
+            name: value if name in HOST_INPUTS else value.to(device, non_blocking=True) for name, value in batch.items()
+        }
+        taken.append(moved if expand is None else expand(moved))
     return taken, num_tokens
 
 

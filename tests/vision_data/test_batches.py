@@ -207,6 +207,27 @@ def test_pictures_of_one_tile_take_the_short_way_with_the_same_result(tokenizer:
     assert sizes == [(64, 64)] * 4
 
 
+def test_what_crosses_to_the_device_is_completed_there_to_the_same_bits(shards: Path, tokenizer: Tokenizer) -> None:
+    def opened(num_workers: int = 0) -> ShardLoader:
+        return open_source(
+            shards, model_config=CONFIG, processor=tokenizer, micro_batch_size=3, num_workers=num_workers
+        )
+
+    whole = take(opened(), 4)
+    for num_workers in (0, 1):
+        source = opened(num_workers)
+        stream = source.compact()
+        compact = [next(stream) for _ in range(4)]
+        assert all("pixel_values" not in batch and batch["pictures"].dtype == torch.uint8 for batch in compact)
+        assert all(same(source.expand(batch), other) for batch, other in zip(compact, whole, strict=True))
+        assert source.state_dict()["position"] == 12
+    collator = VisionCollator(tokenizer, CONFIG)
+    turns = (("user", "what?"), ("assistant", "yes"))
+    for size in ((40, 90), (64, 64)):  # not one tile: cropped at once
+        batch = collator.compact([Conversation(turns, (picture(1, size),)), Conversation(turns, (picture(2),))])
+        assert ("pictures" in batch) == (size == (64, 64))
+
+
 @pytest.mark.parametrize(
     ("messages", "num_images", "message"),
     [

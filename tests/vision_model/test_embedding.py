@@ -5,6 +5,7 @@ import torch
 from images import IMAGE_TOKEN, random_crops, randomise, small_config, with_vision
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vision.embedding import VisionEmbedding
 from vision.image_transform import num_image_tokens
@@ -280,3 +281,30 @@ def test_mismatches_name_both_counts(embedding):
 def test_a_text_config_is_refused():
     with pytest.raises(ValueError, match="phi-3.5-vision"):
         VisionEmbedding(CONFIG.replace(vision=None))
+
+
+class ReadsOfValues(TorchDispatchMode):
+    """Names of the operations that ask for values, or copy from the host, after the tower has begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower_runs = False
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        name = str(operation)
+        self.tower_runs |= "convolution" in name
+        if self.tower_runs and any(part in name for part in ("local_scalar", "nonzero", "lift_fresh")):
+            self.names.append(name)
+        return operation(*arguments, **(keywords or {}))
+
+
+def test_nothing_waits_for_the_towers_work(embedding):
+    """On a GPU a read of values between tower and decoder would keep the host from queueing the decoder."""
+    pixel_values, image_sizes = random_crops(CONFIG, [(1, 2), (1, 1), (1, 2)])
+    rows = [[-1] * num_image_tokens(*size, CONFIG.vision) for size in image_sizes.tolist()]
+    length = max(map(len, rows))
+    input_ids = torch.tensor([row + [7] * (length + 1 - len(row)) for row in rows])
+    with torch.no_grad(), ReadsOfValues() as reads:
+        embedding(input_ids, torch.zeros(3, length + 1, CONFIG.hidden_size), pixel_values, image_sizes)
+    assert reads.tower_runs and reads.names == []
