@@ -2,6 +2,7 @@
 
 On disk attention has separate projections with biases, and every expert has its own three matrices: w1 the
 gate, w3 the up projection, w2 the down projection. In memory the projections are fused and the experts stacked.
+A shared expert, which no published model has, is named like the others; dense layers keep their phi3 names.
 """
 
 from phi35.checkpoint.rules import Rule
@@ -32,5 +33,13 @@ RULES = (
         memory=_LAYER + "mlp.experts.down_proj",
         disk=(_LAYER + "block_sparse_moe.experts.{expert}.w2.weight",),
         stack="expert",
+    ),
+    Rule(
+        memory=_LAYER + "mlp.shared_expert.gate_up_proj.weight",
+        disk=tuple(_LAYER + f"block_sparse_moe.shared_expert.{name}.weight" for name in ("w1", "w3")),
+    ),
+    Rule(
+        memory=_LAYER + "mlp.shared_expert.down_proj.weight",
+        disk=(_LAYER + "block_sparse_moe.shared_expert.w2.weight",),
     ),
 )

@@ -11,6 +11,7 @@ from torch import nn
 from moe.experts import Experts
 from moe.router import build_router
 from phi35.config import ModelConfig
+from phi35.feed_forward import GatedMLP
 from phi35.outputs import RouterOutput
 
 
@@ -18,7 +19,9 @@ class SparseMoE(nn.Module):
     """Fills the decoder's feed-forward slot: each token goes to k of E experts.
 
     Parameters: ``router.weight`` (E, D), ``experts.gate_up_proj`` (E, 2F, D), ``experts.down_proj`` (E, D, F); no
-    biases. Can be built on the meta device.
+    biases. With ``shared_expert_intermediate_size`` S there is one more expert, dense, whose output is added to every
+    token's (arXiv 2401.06066, without a gate): ``shared_expert.gate_up_proj.weight`` (2S, D) and
+    ``shared_expert.down_proj.weight`` (D, S). Can be built on the meta device.
 
     Args:
         config: with ``num_local_experts > 0``.
@@ -42,6 +45,8 @@ class SparseMoE(nn.Module):
             backend=config.experts_backend,
             initializer_range=config.initializer_range,
         )
+        shared_size = config.shared_expert_intermediate_size
+        self.shared_expert = GatedMLP(config, shared_size) if shared_size else None
 
     def forward(
         self, hidden_states: torch.Tensor, routing: RouterOutput | None = None
@@ -67,6 +72,8 @@ class SparseMoE(nn.Module):
             tokens = tokens * noise.uniform_(1.0 - self.input_jitter_noise, 1.0 + self.input_jitter_noise)
         router_output = self.router(tokens, routing)
         mixed = self.run_experts(tokens, router_output)
+        if self.shared_expert is not None:
+            mixed = mixed + self.shared_expert(tokens)[0]
         return mixed.view(hidden_states.shape), router_output
 
     def run_experts(self, tokens: torch.Tensor, router_output: RouterOutput) -> torch.Tensor:

@@ -11,6 +11,7 @@ one seed gives one routing in float32. The paper leaves an expert's own gradient
 the published code scales it, and so does this one.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -170,10 +171,17 @@ def build_router(config: ModelConfig) -> SparseMixerRouter | TopKSoftmaxRouter:
             initializer_range=config.initializer_range,
         )
     if config.router_type == "topk":
+        if config.num_experts_per_tok == 1 and config.norm_topk_prob:
+            warnings.warn(
+                "router_type='topk' with one expert per token and norm_topk_prob=True: every weight is 1, so that the "
+                "language model's loss gives the router no gradient; set norm_topk_prob=False to train it",
+                stacklevel=2,
+            )
         return TopKSoftmaxRouter(
             config.hidden_size,
             config.num_local_experts,
             top_k=config.num_experts_per_tok,
+            renormalize=config.norm_topk_prob,
             initializer_range=config.initializer_range,
         )
     raise ValueError(f"router_type must be 'sparsemixer' or 'topk', got {config.router_type!r}")

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,19 @@ class ModelConfig:
     Defaults are those of phi-3-mini-4k. ``num_local_experts > 0`` fills the feed-forward slot with the
     sparse layer, ``vision`` fills the embedding slot with the image path; a model may fill both.
 
+    No published model of the family mixes dense and sparse layers; for such models ``decoder_sparse_step``,
+    ``norm_topk_prob`` and ``shared_expert_intermediate_size`` have the names that transformers' Qwen models use.
+
+    Attributes:
+        intermediate_size: width of the dense feed-forward, or of each expert in a sparse model.
+        num_local_experts: experts E of every sparse layer; 0 for a dense model.
+        num_experts_per_tok: experts k that each token uses (2 under SparseMixer).
+        norm_topk_prob: whether the "topk" router divides a token's k weights by their sum; SparseMixer never does.
+        decoder_sparse_step: layer i (from 0) is sparse where i + 1 is a multiple of it; 1 makes every layer sparse.
+        dense_intermediate_size: width of the dense layers between sparse ones; None takes ``intermediate_size``.
+        shared_expert_intermediate_size: width of a dense expert that every token passes in every sparse layer,
+            added to the routed ones; 0 for none.
+
     Raises:
         ValueError: on any inconsistent field, all of them named at once.
     """
@@ -155,6 +169,10 @@ class ModelConfig:
     router_jitter_noise: float = 0.01
     input_jitter_noise: float = 0.0
     router_aux_loss_coef: float = 0.0
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    dense_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int = 0
     experts_backend: str = "auto"
     vision: VisionConfig | None = None
 
@@ -221,6 +239,33 @@ class ModelConfig:
                 yield f"router_type must be 'sparsemixer' or 'topk', got {self.router_type!r}"
             if self.router_type == "sparsemixer" and self.num_experts_per_tok != 2:
                 yield f"SparseMixer routes to exactly 2 experts, got num_experts_per_tok={self.num_experts_per_tok}"
+            if self.router_type != "topk" and not self.norm_topk_prob:
+                yield "norm_topk_prob=False is for router_type 'topk'; SparseMixer's weights are never normalised"
+        yield from self._mixed_layer_problems()
+
+    def _mixed_layer_problems(self) -> Iterator[str]:
+        if not self.is_sparse:
+            for name, default in (("decoder_sparse_step", 1), ("shared_expert_intermediate_size", 0)):
+                if getattr(self, name) != default:
+                    yield f"{name}={getattr(self, name)} needs num_local_experts > 0; this model is dense"
+        elif not 1 <= self.decoder_sparse_step <= self.num_hidden_layers:
+            yield (
+                f"decoder_sparse_step must lie between 1 and num_hidden_layers ({self.num_hidden_layers}), so that at "
+                f"least one layer is sparse, got {self.decoder_sparse_step}"
+            )
+        if self.shared_expert_intermediate_size < 0:
+            yield (
+                "shared_expert_intermediate_size must be 0 (none) or positive, got "
+                f"{self.shared_expert_intermediate_size}"
+            )
+        if self.dense_intermediate_size is not None:
+            if self.dense_intermediate_size <= 0:
+                yield f"dense_intermediate_size must be positive or None, got {self.dense_intermediate_size}"
+            if not self.is_sparse or self.decoder_sparse_step == 1:
+                yield (
+                    "dense_intermediate_size is the width of dense layers between sparse ones: it needs "
+                    "num_local_experts > 0 and decoder_sparse_step > 1"
+                )
 
     @property
     def attention_head_dim(self) -> int:
@@ -229,8 +274,17 @@ class ModelConfig:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the feed-forward slot holds the sparse layer."""
+        """Whether the feed-forward slot holds the sparse layer, in all layers or some."""
         return self.num_local_experts > 0
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Numbers (from 0) of the layers whose feed-forward is sparse."""
+        return tuple(layer for layer in range(self.num_hidden_layers) if self.is_sparse_layer(layer))
+
+    def is_sparse_layer(self, layer: int) -> bool:
+        """Whether layer ``layer`` (from 0) routes its tokens to experts."""
+        return self.is_sparse and (layer + 1) % self.decoder_sparse_step == 0
 
     @property
     def rope_attention_scaling(self) -> tuple[float, float]:

@@ -13,12 +13,18 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu
 
 
 class GatedMLP(nn.Module):
-    """down_proj(act(gate) * up), with ``gate_up_proj`` holding the gate's rows first."""
+    """down_proj(act(gate) * up), with ``gate_up_proj`` holding the gate's rows first.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: the model.
+        intermediate_size: width; None takes that of the config's dense layers.
+    """
+
+    def __init__(self, config: ModelConfig, intermediate_size: int | None = None) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        width = intermediate_size or config.dense_intermediate_size or config.intermediate_size
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, RouterOutput | None]:

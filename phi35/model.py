@@ -288,7 +288,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = resolve("feed_forward.sparse" if config.is_sparse else "feed_forward.dense")(config)
+        self.mlp = resolve("feed_forward.sparse" if config.is_sparse_layer(layer) else "feed_forward.dense")(config)
         self.input_layernorm = build_norm(config)
         self.post_attention_layernorm = build_norm(config)
         self.dropout = config.resid_pdrop

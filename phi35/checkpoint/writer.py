@@ -6,9 +6,11 @@ one holds a single tensor on the host at a time, wherever the model lies.
 """
 
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +30,33 @@ _DTYPE_NAMES = {
 }
 
 
-def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_size: int | str = "5GB") -> list[Path]:
+@dataclass(frozen=True)
+class DeferredTensor:
+    """A tensor that is made when its turn to be written comes.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: of the tensor.
+        make: returns it; called once.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        """Bytes of one element."""
+        return self.dtype.itemsize
+
+
+Writable = torch.Tensor | DeferredTensor
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Writable], max_shard_size: int | str = "5GB") -> list[Path]:
     """Write a state as ``model.safetensors``, or as numbered shards with an index.
 
     New files are complete on disk before the first is renamed into place, and the index comes last. Weight files
@@ -36,7 +64,7 @@ def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_s
 
     Args:
         folder: where to; made if absent.
-        tensors: disk name -> tensor on any device; views are fine.
+        tensors: disk name -> tensor on any device; views are fine, and so are tensors not made yet.
         max_shard_size: bytes per file, e.g. "5GB" (10^9 bytes), "300MiB" or a number; one larger tensor has a file
             of its own.
 
@@ -71,7 +99,7 @@ def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_s
     return files
 
 
-def plan_shards(tensors: Mapping[str, torch.Tensor], max_bytes: int) -> list[list[str]]:
+def plan_shards(tensors: Mapping[str, Writable], max_bytes: int) -> list[list[str]]:
     """Names per shard, in the given order, each shard within ``max_bytes`` unless one tensor exceeds it alone."""
     shards: list[list[str]] = [[]]
     filled = 0
@@ -85,14 +113,12 @@ def plan_shards(tensors: Mapping[str, torch.Tensor], max_bytes: int) -> list[lis
     return shards
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Writable], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, one tensor on the host at a time, and flush it to the disk.
 
     Args:
         path: the file.
-        tensors: name -> tensor on any device; views are fine.
+        tensors: name -> tensor on any device; views are fine, and so are tensors not made yet.
         metadata: strings for the header.
 
     Raises:
@@ -120,10 +146,18 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in ordered:
-            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+            flat = _made(name, tensors[name]).detach().to("cpu").contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _made(name: str, tensor: Writable) -> torch.Tensor:
+    if isinstance(tensor, torch.Tensor):
+        return tensor
+    made = tensor.make()
+    assert (tuple(made.shape), made.dtype) == (tensor.shape, tensor.dtype), f"{name} is not what was announced"
+    return made
 
 
 def write_json(path: Path, data: object) -> None:

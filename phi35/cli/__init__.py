@@ -13,6 +13,7 @@ def main() -> None:
     from phi35.cli.eval import app as eval_app
     from phi35.cli.generate import generate
     from phi35.cli.presets import presets
+    from phi35.cli.upcycle import upcycle
 
     app = typer.Typer(
         help="Train, fine-tune, load and serve the Phi-3.5 series.",
@@ -20,7 +21,7 @@ def main() -> None:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (generate, chat, presets, convert, doctor):
+    for command in (generate, chat, presets, convert, upcycle, doctor):
         app.command()(command)
     app.add_typer(eval_app, name="eval", help="Evaluate a model on data at hand.")
     try:

@@ -157,7 +157,7 @@ def _gather_whole_sparse_layers(model: Any) -> None:
     """ZeRO-3 fetches a sparse layer as one unit: which experts run, and in what order, differs from rank to rank."""
     from deepspeed.utils import set_z3_leaf_modules
 
-    classes = {type(layer.mlp) for layer in model.model.layers if model.config.is_sparse}
+    classes = {type(model.model.layers[layer].mlp) for layer in model.config.sparse_layers}
     if classes:
         set_z3_leaf_modules(model, list(classes))
 
