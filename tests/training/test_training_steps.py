@@ -178,6 +178,16 @@ def test_experts_under_zero_3_equal_a_plain_torch_loop():
     assert_equal_to_plain(results, losses, weights, 1e-6)
 
 
+@pytest.mark.parametrize("stage, ep_size", [(1, 2), (3, 1)])
+def test_sparse_layers_among_dense_ones_equal_a_plain_torch_loop(stage, ep_size):
+    mixed = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "dense_intermediate_size": 80}
+    mixed |= {"shared_expert_intermediate_size": 32, **STILL}
+    changes = {**MOE, "zero_stage": stage, "ep_size": ep_size}
+    losses, weights = plain_losses_and_weights(config_of(**changes), **mixed)
+    results = run_distributed(engine_losses_and_weights, 2, changes, mixed)
+    assert_equal_to_plain(results, losses, weights, 1e-6)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bfloat16_follows_float32(stage):
     losses, _ = plain_losses_and_weights(config_of())
