@@ -70,7 +70,7 @@ def test_layer_equals_a_sum_over_the_chosen_experts_written_out(num_experts, top
             expected[token] += chances[expert] / whole * (layer.experts.down_proj[expert] @ (F.silu(gate) * up))
         gate, up = (layer.shared_expert.gate_up_proj.weight @ value).chunk(2)
         expected[token] += layer.shared_expert.down_proj.weight @ (F.silu(gate) * up)
-    # Measured 2e-16 at values of about 0.1.
+    # Measured: at most 7.8e-16 at values up to 1.6.
     torch.testing.assert_close(output.view(18, 64), expected, rtol=0, atol=1e-12)
 
 
@@ -142,7 +142,7 @@ def test_cached_steps_equal_one_pass():
     cache = model.new_cache(2)
     pieces = [model(ids[:, :6], past_key_values=cache).logits]
     pieces += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(6, 10)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, rtol=0, atol=1e-5)  # measured 3e-6
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, rtol=0, atol=1e-5)  # measured 2.1e-6
 
 
 def sharded_step(rank, world_size):
@@ -169,7 +169,7 @@ def sharded_step(rank, world_size):
 def test_expert_parallelism_takes_dense_layers_and_shared_experts_along():
     for errors, num_sharded in run_distributed(sharded_step, 2):
         assert num_sharded == 4
-        assert max(errors.values()) < 1e-6, errors  # measured 1.5e-7
+        assert max(errors.values()) < 1e-6, errors  # measured 4.8e-7, of the loss
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_equal_experts_with_normalised_weights_compute_what_the_dense_model_does
     assert sparse.config == config and config.model_type == "phimoe" and processor is not None
     assert config.num_local_experts == options.get("num_experts", 16)
     expected = model(ids).logits
-    # Logits have a standard deviation of 0.8; measured: at most 1.7e-6.
+    # Logits have a standard deviation of 0.8; measured: at most 1.5e-6.
     assert expected.std() > 0.5
     assert largest_difference(sparse(ids).logits, expected) < 1e-5
 
@@ -79,12 +79,12 @@ def test_a_vision_model_becomes_sparse_and_keeps_its_images(tmp_path):
     assert sparse.config.vision == load_config(tmp_path / "dense").vision and sparse.config.is_sparse
     image = torch.randint(256, (70, 90, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8).numpy()
     batch = processor(["What is in <|image_1|>?", "No picture."], images=[[image], []])
-    # Measured 2e-6.
+    # Measured 1.2e-6.
     assert largest_difference(sparse(**batch).logits, model(**batch).logits) < 1e-5
 
 
 @torch.no_grad()
-def test_sparsemixer_comes_near_with_half_the_output(dense, tmp_path):
+def test_half_the_output_takes_away_most_of_what_sparsemixer_adds(dense, tmp_path):
     folder, model, ids = dense
     upcycle(folder, tmp_path / "half", UpcyclingOptions(router_type="sparsemixer", router_std=1.0))
     upcycle(folder, tmp_path / "whole", UpcyclingOptions(router_type="sparsemixer", router_std=1.0, scale=1.0))
@@ -92,7 +92,8 @@ def test_sparsemixer_comes_near_with_half_the_output(dense, tmp_path):
     half, whole = (phi35.load(tmp_path / name, device="cpu")[0](ids) for name in ("half", "whole"))
     sums = torch.cat([routing.expert_weights.sum(dim=-1) for routing in whole.router_outputs])
     assert 1.8 < sums.mean() <= 2  # what makes a factor necessary
-    assert largest_difference(half.logits, expected) < 0.3 * largest_difference(whole.logits, expected)
+    # Measured 0.70 and 2.41.
+    assert largest_difference(half.logits, expected) < 0.4 * largest_difference(whole.logits, expected)
     with pytest.raises(ValueError, match="sum to 1/E"):
         UpcyclingOptions(router_type="sparsemixer", router_init="zeros")
 
