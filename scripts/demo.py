@@ -4,6 +4,7 @@ python scripts/demo.py [--output runs/demo]      (``make demo`` installs and cal
 """
 
 import argparse
+import socket
 import subprocess
 import sys
 import time
@@ -74,11 +75,18 @@ def test_pictures() -> tuple[Path, Path]:
 def train(title: str, folder: Path, script: str, launcher: bool) -> Path:
     """Runs a training script as a user would and returns its output folder."""
     headline(f"train: {title}")
-    start = ["deepspeed", "--num_gpus", "2"] if launcher else [sys.executable]
+    start = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())] if launcher else [sys.executable]
     command = [*start, str(SCRIPTS / script), f"output_dir={folder}", "resume=false"]
     print("$", " ".join(command), flush=True)
     subprocess.run(command, check=True)
     return folder
+
+
+def free_port() -> int:
+    """A port nobody listens on, so that two launchers on one machine do not meet."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def headline(text: str) -> None:

@@ -3,11 +3,21 @@
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
+Result = TypeVar("Result")
 
-@torch.compiler.assume_constant_result
+
+def _constant_under_compile(function: Callable[[], Result]) -> Callable[[], Result]:
+    """The mark that ``torch.compiler.assume_constant_result`` sets, without importing the compiler (3 s)."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_under_compile
 def missing() -> str | None:
     """Why the kernels cannot run on this machine, or None."""
     if not _triton_installed():
@@ -78,7 +88,7 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
 
-@torch.compiler.assume_constant_result
+@_constant_under_compile
 def _interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
