@@ -29,7 +29,7 @@ def report() -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("case", ["many", "ragged_gelu", "one_token", "two_tiles"])
+@pytest.mark.parametrize("case", ["many", "ragged_gelu", "one_token", "two_tiles", "one_choice", "eight_choices"])
 def test_float32_output_and_gradients_equal_the_loop(report: dict[str, Any], case: str) -> None:
     # Measured: at most 6e-7. "many" also runs the large-batch path forward only.
     assert ("forward" in report[case]) == (case == "many")

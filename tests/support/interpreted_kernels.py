@@ -22,6 +22,8 @@ CASES: dict[str, tuple[int, int, int, int, int, str, torch.dtype]] = {
     "ragged_gelu": (9, 3, 4, 40, 72, "gelu", torch.float32),
     "one_token": (1, 2, 3, 40, 72, "silu", torch.float32),
     "two_tiles": (190, 2, 3, 32, 32, "silu", torch.float32),
+    "one_choice": (5, 1, 3, 32, 32, "silu", torch.float32),
+    "eight_choices": (3, 8, 10, 32, 32, "silu", torch.float32),
     "half": (12, 2, 3, 64, 96, "silu", torch.float16),
 }
 
