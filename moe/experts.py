@@ -313,6 +313,8 @@ def _grouped_mm_limit(hidden_states: torch.Tensor, gate_up_proj: torch.Tensor, d
         return (
             f"torch's grouped_mm takes {names} on {hidden_states.device.type}, got {str(dtype).removeprefix('torch.')}"
         )
+    if not on_cuda and dtype != torch.bfloat16 and torch.compiler.is_compiling():
+        return f"torch.compile traces torch's grouped_mm in bfloat16 only, got {str(dtype).removeprefix('torch.')}"
     hidden_size, intermediate_size = down_proj.shape[1:]
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
         if size * dtype.itemsize % 16:

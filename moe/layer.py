@@ -5,8 +5,11 @@ jitter multiplies a copy of the block's input, once; the published block and tra
 tensor, transformers twice.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from moe.experts import Experts
 from moe.router import build_router
@@ -71,7 +74,10 @@ class SparseMoE(nn.Module):
             noise = torch.empty_like(tokens, memory_format=torch.contiguous_format)
             tokens = tokens * noise.uniform_(1.0 - self.input_jitter_noise, 1.0 + self.input_jitter_noise)
         router_output = self.router(tokens, routing)
-        mixed = self.run_experts(tokens, router_output)
+        if router_output.expert_gradient_weights is None:
+            mixed = self.run_experts(tokens, router_output)
+        else:
+            mixed = self._run_experts_apart(tokens, router_output)
         if self.shared_expert is not None:
             mixed = mixed + self.shared_expert(tokens)[0]
         return mixed.view(hidden_states.shape), router_output
@@ -79,3 +85,39 @@ class SparseMoE(nn.Module):
     def run_experts(self, tokens: torch.Tensor, router_output: RouterOutput) -> torch.Tensor:
         """(N, D) weighted sum of each token's experts; expert parallelism puts its exchange here."""
         return self.experts(tokens, router_output.expert_indices, router_output.expert_weights)
+
+    def _run_experts_apart(self, tokens: torch.Tensor, router_output: RouterOutput) -> torch.Tensor:
+        """The same sum, with other multipliers in the experts' gradient than in their output.
+
+        Each choice runs as a token of its own, so that every backend, and the exchange between processes, gives
+        single expert outputs. Costs k copies of the tokens.
+        """
+        num_tokens, top_k = router_output.expert_indices.shape
+        # expand, not repeat_interleave: its backward adds the copies in order.
+        copies = tokens.unsqueeze(1).expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)
+        flat = router_output.expert_indices.reshape(-1, 1)
+        ones = torch.ones_like(router_output.expert_weights).reshape(-1, 1)
+        outputs = self.run_experts(copies, RouterOutput(router_output.logits, flat, ones))
+        return _WeightedSum.apply(
+            outputs.view(num_tokens, top_k, -1), router_output.expert_weights, router_output.expert_gradient_weights
+        )
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Sum over choices of weight times output; the outputs' gradient takes other multipliers."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, outputs: torch.Tensor, weights: torch.Tensor, gradient_weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(outputs, gradient_weights)
+        wide = torch.promote_types(torch.promote_types(outputs.dtype, weights.dtype), torch.float32)
+        return (outputs.to(wide) * weights.to(wide).unsqueeze(-1)).sum(dim=1).to(outputs.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        outputs, gradient_weights = ctx.saved_tensors
+        wide = torch.promote_types(outputs.dtype, gradient_weights.dtype)
+        upstream = grad_outputs[0].to(wide).unsqueeze(1)
+        to_outputs = (upstream * gradient_weights.unsqueeze(-1)).to(outputs.dtype)
+        return to_outputs, (upstream * outputs.to(wide)).sum(dim=-1).to(gradient_weights.dtype), None

@@ -27,8 +27,9 @@ def load_balancing_loss(
         router_outputs: one per sparse layer.
         attention_mask: (B, T), 1 for real tokens, in the order of the N = B T router rows; padding is left out.
         process_group: count the experts' shares over all tokens of this group (GRIN's global balance) instead of
-            this process's alone. The probabilities stay local: averaging gradients over the group then gives the
-            gradient of the global loss where all processes hold equally many tokens.
+            this process's alone. The probabilities stay this process's part of the global mean, times the group's
+            size: values and gradients averaged over the group are those of the joined batch, however many tokens
+            each process holds.
 
     Returns:
         Scalar float32; zero where no token counts.
@@ -40,21 +41,29 @@ def load_balancing_loss(
     counts = expert_counts(layers, attention_mask)  # (L, E)
     num_tokens = counts.new_tensor(layers[0].logits.shape[0]) if mask is None else mask.sum()
     probabilities = torch.stack([_masked_sum(layer.logits.float().softmax(dim=-1), mask) for layer in layers])
-    probabilities = probabilities / num_tokens.clamp(min=1)
+    world_size = 1
     if process_group is not None:
+        world_size = distributed.get_world_size(process_group)
         totals = torch.cat((counts.reshape(-1), num_tokens.reshape(1)))
         distributed.all_reduce(totals, group=process_group)
         counts, num_tokens = totals[:-1].view_as(counts), totals[-1]
     shares = counts / num_tokens.clamp(min=1)
+    probabilities = probabilities * (world_size / num_tokens.clamp(min=1))
     return shares.shape[-1] * (shares * probabilities).sum(dim=-1).mean()
 
 
-def router_z_loss(router_outputs: Sequence[RouterOutput], attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+def router_z_loss(
+    router_outputs: Sequence[RouterOutput],
+    attention_mask: torch.Tensor | None = None,
+    process_group: "distributed.ProcessGroup | None" = None,
+) -> torch.Tensor:
     """Mean over tokens of logsumexp(scores) squared, averaged over layers: keeps scores small.
 
     Args:
         router_outputs: one per sparse layer.
         attention_mask: (B, T), 1 for real tokens; padding is left out.
+        process_group: the mean is over all tokens of this group: values and gradients averaged over it are those of
+            the joined batch.
 
     Returns:
         Scalar float32; zero where no token counts.
@@ -64,9 +73,13 @@ def router_z_loss(router_outputs: Sequence[RouterOutput], attention_mask: torch.
     """
     layers, mask = _checked(router_outputs, attention_mask)
     squares = torch.stack([layer.logits.float().logsumexp(dim=-1).square() for layer in layers])  # (L, N)
-    if mask is None:
-        return squares.sum() / max(squares.numel(), 1)
-    return (squares * mask).sum() / (len(layers) * mask.sum().clamp(min=1))
+    num_tokens = squares.new_tensor(squares.shape[1]) if mask is None else mask.sum()
+    total = squares.sum() if mask is None else (squares * mask).sum()
+    if process_group is not None:
+        num_tokens = num_tokens.detach() / distributed.get_world_size(process_group)
+        distributed.all_reduce(num_tokens, group=process_group)
+        return total / (len(layers) * num_tokens.clamp(min=1 / distributed.get_world_size(process_group)))
+    return total / (len(layers) * num_tokens.clamp(min=1))
 
 
 def expert_counts(router_outputs: Sequence[RouterOutput], attention_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,7 +8,9 @@ Departures from the published code: scores and everything after them are float32
 (published: the model's dtype, so that bfloat16 scores tie often), and the input jitter lies in the layer, where it
 happens once. Noise is drawn in the published order (exponentials, then uniforms, first choice then second), so that
 one seed gives one routing in float32. The paper leaves an expert's own gradient unscaled by the midpoint factor c;
-the published code scales it, and so does this one.
+the published code scales it, and so does "sparsemixer"; "sparsemixer-paper" is the paper's form.
+
+Every router may carry a selection bias (arXiv 2408.15664), which moves the choice of experts and enters no weight.
 """
 
 import warnings
@@ -19,7 +21,7 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from phi35.config import ModelConfig
+from phi35.config import ROUTER_TYPES, ModelConfig
 from phi35.outputs import RouterOutput
 
 MIDPOINT_LOW = 0.3333
@@ -38,21 +40,38 @@ class SparseMixerRouter(nn.Module):
     inference the choice D is argmax m; in training it is sampled from g (Gumbel-max). The weight is p = g[D], in
     training times c (1 if D is the likeliest or a coin says so, else 1/3). The two weights are not renormalised.
 
-    The gradient to s for an upstream gradient G of the weight is (G p) (onehot(D) - g): c is not in it.
+    The gradient to s for an upstream gradient G of the weight is (G p) (onehot(D) - g): c is not in it. An expert's
+    own gradient is scaled by p c as published, or by p alone as in the paper.
+
+    A selection bias b moves the choice: the threshold, the sampling and c look at s + b. The weight stays p = g[D]
+    with g from s alone, in which the chosen expert is never dropped.
 
     Args:
         hidden_size: D, width of the tokens.
         num_experts: E.
         jitter_eps: eps above (``router_jitter_noise`` in the config).
         initializer_range: standard deviation of the initial weight.
+        scale_expert_gradient: whether c scales the experts' own gradient (published) or not (paper).
+
+    Attributes:
+        selection_bias: (E,) float32 or None; no part of the state dict.
     """
 
+    selection_bias: torch.Tensor | None
+
     def __init__(
-        self, hidden_size: int, num_experts: int, jitter_eps: float = 0.01, initializer_range: float = 0.02
+        self,
+        hidden_size: int,
+        num_experts: int,
+        jitter_eps: float = 0.01,
+        initializer_range: float = 0.02,
+        scale_expert_gradient: bool = True,
     ) -> None:
         super().__init__()
         self.jitter_eps = jitter_eps
         self.initializer_range = initializer_range
+        self.scale_expert_gradient = scale_expert_gradient
+        self.register_buffer("selection_bias", None, persistent=False)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.reset_parameters()
 
@@ -76,14 +95,16 @@ class SparseMixerRouter(nn.Module):
         """
         scores = _router_scores(hidden_states, self.weight)
         if routing is None:
-            indices, weights = sparsemixer(scores, self.jitter_eps, self.training)
-            return RouterOutput(logits=scores, expert_indices=indices, expert_weights=weights)
-        check_routing(routing, hidden_states.shape[0], self.weight.shape[0], top_k=2)
-        weights = self._replayed_weights(scores, routing)
-        return RouterOutput(logits=scores, expert_indices=routing.expert_indices, expert_weights=weights)
+            indices, weights, chances = _sparsemixer(scores, self.jitter_eps, self.training, self.selection_bias)
+        else:
+            check_routing(routing, hidden_states.shape[0], self.weight.shape[0], top_k=2)
+            indices = routing.expert_indices
+            weights, chances = self._replayed_weights(scores, routing)
+        unscaled = self.training and not self.scale_expert_gradient
+        return RouterOutput(scores, indices, weights, expert_gradient_weights=chances if unscaled else None)
 
-    def _replayed_weights(self, scores: torch.Tensor, routing: RouterOutput) -> torch.Tensor:
-        """(N, 2) weights of given experts under new scores, with the c that the recorded routing had."""
+    def _replayed_weights(self, scores: torch.Tensor, routing: RouterOutput) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, 2) weights of given experts under new scores, with the c that the recorded routing had, and their p."""
         with torch.no_grad():
             recorded = routing.logits.to(scores.dtype)
             recorded_p = torch.cat(
@@ -96,11 +117,12 @@ class SparseMixerRouter(nn.Module):
             # c takes two values only: the recorded weight tells which one, whatever rounding did to it.
             kept = routing.expert_weights > (MIDPOINT_LOW + MIDPOINT_SPAN / 2) * recorded_p
             factor = _midpoint_factor(kept, scores.dtype)
-        columns = []
+        columns, chances = [], []
         for choice, gates in enumerate(_replayed_gates(scores, routing.expert_indices, self.jitter_eps)):
             chosen = routing.expert_indices[:, choice : choice + 1]
             columns.append(_MixerWeight.apply(scores, gates.detach(), chosen, factor[:, choice : choice + 1]))
-        return torch.cat(columns, dim=1)
+            chances.append(gates.detach().gather(1, chosen))
+        return torch.cat(columns, dim=1), torch.cat(chances, dim=1)
 
 
 class TopKSoftmaxRouter(nn.Module):
@@ -112,7 +134,13 @@ class TopKSoftmaxRouter(nn.Module):
         top_k: experts per token.
         renormalize: divide each token's weights by their sum, so that they sum to one.
         initializer_range: standard deviation of the initial weight.
+
+    Attributes:
+        selection_bias: (E,) float32 added to the probabilities for the choice alone, or None; no part of the state
+            dict.
     """
+
+    selection_bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -128,6 +156,7 @@ class TopKSoftmaxRouter(nn.Module):
         self.top_k = top_k
         self.renormalize = renormalize
         self.initializer_range = initializer_range
+        self.register_buffer("selection_bias", None, persistent=False)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.reset_parameters()
 
@@ -151,7 +180,8 @@ class TopKSoftmaxRouter(nn.Module):
         scores = _router_scores(hidden_states, self.weight)
         probabilities = scores.softmax(dim=-1)
         if routing is None:
-            indices = probabilities.topk(self.top_k, dim=-1).indices
+            preference = probabilities if self.selection_bias is None else probabilities + self.selection_bias
+            indices = preference.topk(self.top_k, dim=-1).indices
         else:
             check_routing(routing, hidden_states.shape[0], self.weight.shape[0], self.top_k)
             indices = routing.expert_indices
@@ -163,12 +193,13 @@ class TopKSoftmaxRouter(nn.Module):
 
 def build_router(config: ModelConfig) -> SparseMixerRouter | TopKSoftmaxRouter:
     """The router that ``config.router_type`` names."""
-    if config.router_type == "sparsemixer":
+    if config.router_type in ("sparsemixer", "sparsemixer-paper"):
         return SparseMixerRouter(
             config.hidden_size,
             config.num_local_experts,
             jitter_eps=config.router_jitter_noise,
             initializer_range=config.initializer_range,
+            scale_expert_gradient=config.router_type == "sparsemixer",
         )
     if config.router_type == "topk":
         if config.num_experts_per_tok == 1 and config.norm_topk_prob:
@@ -184,24 +215,25 @@ def build_router(config: ModelConfig) -> SparseMixerRouter | TopKSoftmaxRouter:
             renormalize=config.norm_topk_prob,
             initializer_range=config.initializer_range,
         )
-    raise ValueError(f"router_type must be 'sparsemixer' or 'topk', got {config.router_type!r}")
+    raise ValueError(f"router_type must be one of {ROUTER_TYPES}, got {config.router_type!r}")
 
 
-def sparsemixer(scores: torch.Tensor, jitter_eps: float, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def sparsemixer(
+    scores: torch.Tensor, jitter_eps: float, training: bool, selection_bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """SparseMixer-v2 on scores (the published function of the same name).
 
     Args:
         scores: (N, E) float32 or float64.
         jitter_eps: half the relative distance to the best score beyond which an expert is dropped.
         training: sample the experts and apply the midpoint factor, instead of taking the best.
+        selection_bias: (E,) added to the scores for the choice alone.
 
     Returns:
         (N, 2) int64 experts and (N, 2) weights, in the order of choice.
     """
-    first, first_weight = _choose(scores, scores, jitter_eps, training)
-    without_first = scores.scatter(1, first, float("-inf"))
-    second, second_weight = _choose(scores, without_first, jitter_eps, training, second=True)
-    return torch.cat((first, second), dim=1), torch.cat((first_weight, second_weight), dim=1)
+    indices, weights, _ = _sparsemixer(scores, jitter_eps, training, selection_bias)
+    return indices, weights
 
 
 def check_routing(routing: RouterOutput, num_tokens: int, num_experts: int, top_k: int) -> None:
@@ -247,16 +279,43 @@ class _MixerWeight(torch.autograd.Function):
         return grad_outputs[0] * weight * direction, None, None, None
 
 
+def _sparsemixer(
+    scores: torch.Tensor, jitter_eps: float, training: bool, selection_bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(N, 2) experts, their weights p c, and p without gradient."""
+    first, first_weight, first_chance = _choose(scores, scores, jitter_eps, training, selection_bias)
+    without_first = scores.scatter(1, first, float("-inf"))
+    second, second_weight, second_chance = _choose(
+        scores, without_first, jitter_eps, training, selection_bias, second=True
+    )
+    return (
+        torch.cat((first, second), dim=1),
+        torch.cat((first_weight, second_weight), dim=1),
+        torch.cat((first_chance, second_chance), dim=1),
+    )
+
+
 def _choose(
-    scores: torch.Tensor, candidates: torch.Tensor, jitter_eps: float, training: bool, second: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One of the two choices: (N, 1) expert and its (N, 1) weight."""
-    kept_scores = _drop_far(scores, candidates, jitter_eps)
+    scores: torch.Tensor,
+    candidates: torch.Tensor,
+    jitter_eps: float,
+    training: bool,
+    selection_bias: torch.Tensor | None,
+    second: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One of the two choices: (N, 1) expert, its (N, 1) weight, and its (N, 1) p."""
+    bias = 0.0 if selection_bias is None else selection_bias.to(scores.dtype)
     if not training:
-        chosen = candidates.argmax(dim=-1, keepdim=True)
+        chosen = (candidates if selection_bias is None else candidates + bias).argmax(dim=-1, keepdim=True)
+        kept_scores = _drop_far(scores, candidates, jitter_eps, keep=None if selection_bias is None else chosen)
         # The softmax's own derivative p (onehot(D) - g) is the router's gradient here, c being 1.
-        return chosen, kept_scores.softmax(dim=-1).gather(1, chosen)
+        weight = kept_scores.softmax(dim=-1).gather(1, chosen)
+        return chosen, weight, weight.detach()
     with torch.no_grad():
+        if selection_bias is None:
+            kept_scores = _drop_far(scores, candidates, jitter_eps)
+        else:
+            kept_scores = _drop_far(scores + bias, candidates + bias, jitter_eps)
         gates = kept_scores.softmax(dim=-1)
         exponential = torch.empty_like(kept_scores, memory_format=torch.contiguous_format).exponential_()
         chosen = (kept_scores - exponential.log()).argmax(dim=-1, keepdim=True)
@@ -267,7 +326,9 @@ def _choose(
             coin.uniform_()
         kept = (chosen == gates.argmax(dim=-1, keepdim=True)) | (coin > MIDPOINT_THRESHOLD)
         factor = _midpoint_factor(kept, scores.dtype)
-    return chosen, _MixerWeight.apply(scores, gates, chosen, factor)
+        if selection_bias is not None:
+            gates = _drop_far(scores, candidates, jitter_eps, keep=chosen).softmax(dim=-1)
+    return chosen, _MixerWeight.apply(scores, gates, chosen, factor), gates.gather(1, chosen)
 
 
 def _replayed_gates(

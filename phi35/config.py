@@ -16,6 +16,9 @@ from typing import Any
 ROPE_TYPES = ("longrope", "su", "yarn")
 """Spellings of LongRoPE in published configs (``su`` and ``yarn`` are older names of the same computation)."""
 
+ROUTER_TYPES = ("sparsemixer", "sparsemixer-paper", "topk")
+"""SparseMixer-v2 as published, with the paper's gradient of the experts, and softmax top-k (``moe/router.py``)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -235,9 +238,9 @@ class ModelConfig:
                     f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_local_experts "
                     f"({self.num_local_experts})"
                 )
-            if self.router_type not in ("sparsemixer", "topk"):
-                yield f"router_type must be 'sparsemixer' or 'topk', got {self.router_type!r}"
-            if self.router_type == "sparsemixer" and self.num_experts_per_tok != 2:
+            if self.router_type not in ROUTER_TYPES:
+                yield f"router_type must be one of {ROUTER_TYPES}, got {self.router_type!r}"
+            if self.router_type.startswith("sparsemixer") and self.num_experts_per_tok != 2:
                 yield f"SparseMixer routes to exactly 2 experts, got num_experts_per_tok={self.num_experts_per_tok}"
             if self.router_type != "topk" and not self.norm_topk_prob:
                 yield "norm_topk_prob=False is for router_type 'topk'; SparseMixer's weights are never normalised"

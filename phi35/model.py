@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from phi35.activation_checkpointing import checkpoint_layer
 from phi35.attention import Attention, AttentionPlan, plan_attention
 from phi35.cache import KVCache
 from phi35.config import ModelConfig
@@ -28,7 +28,8 @@ class CausalLM(nn.Module):
     Attributes:
         config: the frozen config the model was built from.
         gradient_checkpointing: recompute each layer, and each block of an image tower, in the backward pass
-            (training mode only); the random state is restored, so that routing noise and dropout repeat.
+            (training mode only); the random state is restored, so that routing noise and dropout repeat. True takes
+            torch's non-reentrant form, "reentrant" its older one for the decoder's layers.
         processor: tokenizer and image settings of the folder a model was loaded from (set by ``phi35.load``), so
             that ``phi35.generate`` takes the model alone.
     """
@@ -48,15 +49,17 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether each layer is recomputed in the backward pass."""
+    def gradient_checkpointing(self) -> bool | str:
+        """Whether each layer is recomputed in the backward pass, and by which form."""
         return self.model.gradient_checkpointing
 
     @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enabled: bool) -> None:
+    def gradient_checkpointing(self, enabled: bool | str) -> None:
+        if enabled not in (False, True, "reentrant"):
+            raise ValueError(f"gradient_checkpointing must be False, True or 'reentrant', got {enabled!r}")
         self.model.gradient_checkpointing = enabled
         if self.model.vision_embed_tokens is not None:
-            self.model.vision_embed_tokens.gradient_checkpointing = enabled
+            self.model.vision_embed_tokens.gradient_checkpointing = bool(enabled)
 
     @property
     def device(self) -> torch.device:
@@ -228,7 +231,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = build_norm(config)
         self.rope = RotaryEmbedding(config)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: bool | str = False
 
     def forward(
         self,
@@ -253,7 +256,8 @@ class Decoder(nn.Module):
         router_outputs = []
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                hidden_states, routing = checkpoint(layer, hidden_states, plan, cache, use_reentrant=False)
+                reentrant = self.gradient_checkpointing == "reentrant"
+                hidden_states, routing = checkpoint_layer(layer, hidden_states, plan, cache, reentrant=reentrant)
             else:
                 hidden_states, routing = layer(hidden_states, plan, cache)
             if routing is not None:

@@ -17,11 +17,14 @@ class RouterOutput:
         logits: (N, E) float32 router scores, N = B * T tokens in row-major order.
         expert_indices: (N, k) int64 experts really used (in training: sampled).
         expert_weights: (N, k) multipliers of the experts' outputs.
+        expert_gradient_weights: (N, k) multipliers of the experts' own gradients where a router wants others there
+            than ``expert_weights``, without gradient; None for the same.
     """
 
     logits: torch.Tensor
     expert_indices: torch.Tensor
     expert_weights: torch.Tensor
+    expert_gradient_weights: torch.Tensor | None = None
 
 
 @dataclass

@@ -58,6 +58,8 @@ class TrainingConfig:
         gradient_checkpointing: recompute each layer in the backward pass.
         router_aux_loss_coef: weight of the load-balance loss; None takes the model config's.
         router_z_loss_coef: weight of the router's z-loss.
+        router_bias_update_rate: step of the selection bias that balances experts without a loss (arXiv 2408.15664,
+            which uses 0.001); 0 for no bias.
         seed: of weights, data order, dropout and routing noise.
         output_dir: folder of everything the run writes.
         save_interval: steps between checkpoints; 0: only at the end.
@@ -98,6 +100,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     router_aux_loss_coef: float | None = None
     router_z_loss_coef: float = 0.0
+    router_bias_update_rate: float = 0.0
     seed: int = 0
     output_dir: str = "runs/default"
     save_interval: int = 0
@@ -156,6 +159,8 @@ class TrainingConfig:
             )
         if ep_size is None:
             ep_size = math.gcd(world_size, num_experts) if num_experts and self.zero_stage < 3 else 1
+        if self.router_bias_update_rate and not num_experts:
+            problems.append(f"router_bias_update_rate balances experts; {self.model!r} is dense")
         if ep_size > 1 and not num_experts:
             problems.append(f"ep_size={ep_size} needs a model with experts; {self.model!r} is dense")
         elif ep_size > 1 and (world_size % ep_size or num_experts % ep_size):
@@ -278,7 +283,7 @@ def _value_problems(config: TrainingConfig) -> Any:
     at_least_zero = (
         "num_workers warmup_steps decay_steps weight_decay gradient_clipping adam_epsilon save_interval keep_last"
     )
-    for name in (*at_least_zero.split(), "router_z_loss_coef"):
+    for name in (*at_least_zero.split(), "router_z_loss_coef", "router_bias_update_rate"):
         if getattr(config, name) < 0:
             yield f"{name} must not be negative, got {getattr(config, name)}"
     if config.sequence_length < 2:

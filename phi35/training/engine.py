@@ -15,6 +15,7 @@ from phi35.training.deepspeed_config import merge, to_deepspeed
 from phi35.training.environment import Environment
 from phi35.training.loss import auxiliary_losses
 from phi35.training.parameter_groups import parameter_groups
+from phi35.training.routing import BiasBalancer
 from phi35.training.schedule import learning_rate_factor
 
 
@@ -83,6 +84,7 @@ class Engine:
             self.deepspeed.zero_grad = self._zero_grad
             if environment.world_size == 1:
                 self.deepspeed.enable_backward_allreduce = False  # it would copy every gradient twice
+        self.balancer = BiasBalancer(model, config.router_bias_update_rate, environment.world_size)
         model.train()
 
     def set_learning_rate(self, step: int) -> float:
@@ -134,6 +136,7 @@ class Engine:
             total = share.detach() if total is None else total + share.detach()
             outputs.append(_detached(output))
         assert total is not None
+        self.balancer.update(outputs, [batch.get("attention_mask") for batch in batches])
         return StepResult(total, auxiliary, self._gradient_norm(), outputs)
 
     def _gradient_norm(self) -> torch.Tensor | float | None:

@@ -33,7 +33,7 @@ def auxiliary_losses(
         attention_mask: (B, T), 1 for real tokens.
         balance: weight of the load-balance loss.
         z: weight of the z-loss.
-        process_group: ranks over which the experts' shares are counted for the balance loss; None: this rank.
+        process_group: ranks whose joined tokens the losses are of; None: this rank's alone.
     """
     losses: dict[str, torch.Tensor] = {}
     if not output.router_outputs:
@@ -43,7 +43,9 @@ def auxiliary_losses(
             output.router_outputs, attention_mask, process_group=process_group
         )
     if z:
-        losses["z"] = resolve("moe.losses:router_z_loss")(output.router_outputs, attention_mask)
+        losses["z"] = resolve("moe.losses:router_z_loss")(
+            output.router_outputs, attention_mask, process_group=process_group
+        )
     return losses
 
 

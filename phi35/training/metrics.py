@@ -14,7 +14,10 @@ from torch import distributed
 
 from phi35.training.engine import StepResult
 from phi35.training.environment import Environment
-from phi35.training.loss import expert_counts
+from phi35.training.routing import describe_routing, plot_expert_load, routing_totals
+
+SECONDS_BETWEEN_HEAT_MAPS = 60.0
+"""The experts' heat map is drawn anew at a read of the numbers after this time, and at the end."""
 
 
 class Metrics:
@@ -32,9 +35,11 @@ class Metrics:
         self, folder: Path, environment: Environment, *, max_steps: int, first_step: int = 0, log_interval: int = 1
     ) -> None:
         self.path, self.environment, self.log_interval = folder / "metrics.jsonl", environment, log_interval
+        self.heat_map_path = folder / "expert_load.png"
         self.history: list[dict[str, Any]] = []
         self._pending: list[tuple[dict[str, Any], list[torch.Tensor], list[str]]] = []
         self._since = time.perf_counter()
+        self._drawn = time.monotonic()
         self._bar: Any = None
         if environment.is_main:
             from tqdm import tqdm
@@ -75,16 +80,13 @@ class Metrics:
         if isinstance(num_tokens, torch.Tensor):
             names.append("tokens")
             values.append(num_tokens.reshape(1) / world_size)
-        counts: list[Any] = [
-            expert_counts(one, mask) for one, mask in zip(result.outputs, attention_masks, strict=True)
-        ]
+        totals = routing_totals(result.outputs, attention_masks)
         host: dict[str, Any] = {"step": step, "learning_rate": learning_rate, "samples": num_samples}
         if not isinstance(num_tokens, torch.Tensor):
             host["tokens"] = num_tokens
-        if counts and counts[0] is not None:
-            summed = torch.stack(counts).sum(dim=0)
-            host["expert_shape"] = list(summed.shape)
-            values.append(summed.flatten())
+        if totals is not None:
+            host["routing_shape"] = list(totals.shape)
+            values.append(totals.flatten())
         self._pending.append((host, [value.detach().float() for value in values], names))
         if len(self._pending) >= self.log_interval:
             self.flush()
@@ -116,6 +118,7 @@ class Metrics:
         self.flush()
         if self._bar is not None:
             self._bar.close()
+            self._draw_expert_load()
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         with open(self.path, "a") as file:
@@ -125,21 +128,27 @@ class Metrics:
         shown = {"loss": f"{last['loss']:.4f}", "tokens/s": f"{last['tokens_per_second']:.0f}"}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(len(lines))
+        if time.monotonic() - self._drawn > SECONDS_BETWEEN_HEAT_MAPS:
+            self._draw_expert_load()
+
+    def _draw_expert_load(self) -> None:
+        if self.history and "expert_tokens" in self.history[-1]:
+            plot_expert_load(self.history, self.heat_map_path)
+        self._drawn = time.monotonic()
 
 
 def _line(host: dict[str, Any], names: list[str], numbers: list[float], seconds: float) -> dict[str, Any]:
     line = dict(host)
-    shape = line.pop("expert_shape", None)
+    shape = line.pop("routing_shape", None)
     line.update(zip(names, numbers, strict=False))
     line["tokens"] = round(line["tokens"])
     line["tokens_per_second"] = line["tokens"] / seconds
     line["samples_per_second"] = line["samples"] / seconds
     line["seconds"] = seconds
     if shape is not None:
-        layers, experts = shape
-        counts = numbers[len(names) :]
-        rows = [counts[layer * experts : (layer + 1) * experts] for layer in range(layers)]
-        line["expert_load"] = [[round(count / max(1.0, sum(row)), 4) for count in row] for row in rows]
+        layers, columns = shape
+        totals = numbers[len(names) :]
+        line.update(describe_routing([totals[layer * columns : (layer + 1) * columns] for layer in range(layers)]))
     return line
 
 

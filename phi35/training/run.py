@@ -135,7 +135,8 @@ def run_steps(
         done = step + 1
         if done == config.max_steps or (config.save_interval and done % config.save_interval == 0):
             metrics.flush()
-            saved = checkpoint.save(root, done, engine, {**state, "data": source.state_dict()}, config.keep_last)
+            now = {"data": source.state_dict(), "selection_bias": engine.balancer.state()}
+            saved = checkpoint.save(root, done, engine, {**state, **now}, config.keep_last)
             metrics.restart_clock()
     return saved
 
@@ -249,6 +250,7 @@ def _restore(engine: Engine, source: Any, reader: CheckpointReader | None) -> in
         seed_everything(config.seed, place.rank)
         return 0
     checkpoint.load_optimizer(engine, reader)
+    engine.balancer.load_state(reader.trainer.get("selection_bias"), place.device)
     source.load_state_dict(reader.trainer["data"])
     checkpoint.load_random_state(reader, place, config.seed)
     return int(reader.trainer["step"])
@@ -346,6 +348,8 @@ def _finish(config: TrainingConfig, processor: Any, metrics: Metrics, folder: Pa
     if history:
         written["curves"] = folder / "curves.png"
         plot(history, written["curves"])
+    if metrics.heat_map_path.is_file():
+        written["experts"] = metrics.heat_map_path
     if config.export:
         from phi35.training.export import export
 
