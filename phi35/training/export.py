@@ -1,5 +1,7 @@
 """From a training checkpoint to a folder in Hugging Face form, on the CPU, without DeepSpeed."""
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ from phi35.loading import empty_model, save
 from phi35.processor import Processor
 from phi35.training.checkpoint import load_parameters, model_config_from_dict
 from phi35.training.checkpoint_files import CheckpointReader, complete_checkpoints
+
+SELECTION_BIAS_FILE = "router_selection_bias.json"
+"""Beside an exported model that was trained with one: a list per sparse layer of a number per expert."""
 
 
 def export(
@@ -51,7 +56,21 @@ def export(
     model = empty_model(model_config, cpu, getattr(torch, name))
     load_parameters(model, reader)
     save(model, processor, str(output))
+    _write_selection_bias(reader.trainer.get("selection_bias"), Path(output))
     return Path(output)
+
+
+def _write_selection_bias(selection_bias: list[list[float]] | None, output: Path) -> None:
+    path = output / SELECTION_BIAS_FILE
+    path.unlink(missing_ok=True)
+    if selection_bias is None:
+        return
+    path.write_text(json.dumps(selection_bias) + "\n")
+    warnings.warn(
+        f"this model was trained with a selection bias, for which the published form has no place: loaded models "
+        f"route without it. It is kept in {path}; moe.balancing.set_selection_bias puts it back",
+        stacklevel=3,
+    )
 
 
 def find_checkpoint(folder: str | Path) -> Path:

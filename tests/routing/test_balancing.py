@@ -11,6 +11,7 @@ from moe.layer import SparseMoE
 from moe.losses import expert_counts, load_balancing_loss, router_z_loss
 from phi35 import presets
 from phi35.outputs import RouterOutput
+from phi35.training.export import export
 
 MASKS = [[[1, 0, 0, 0], [1, 1, 0, 1]], [[1, 1, 1, 1], [0, 1, 1, 1]]]  # 4 and 7 real tokens
 
@@ -59,7 +60,9 @@ def test_losses_pass_a_numerical_gradient_check(loss):
     scores = torch.stack([part.logits.detach() for part in parts])
 
     def value(logits):
-        layers = [RouterOutput(one, part.expert_indices, part.expert_weights) for one, part in zip(logits, parts, strict=True)]
+        layers = [
+            RouterOutput(one, part.expert_indices, part.expert_weights) for one, part in zip(logits, parts, strict=True)
+        ]
         return loss(layers, mask)
 
     given = scores.clone().requires_grad_()
@@ -164,6 +167,9 @@ def test_a_run_on_two_ranks_counts_every_token_and_keeps_its_bias(values, tmp_pa
         assert {"balance_loss", "z_loss"} <= line.keys()
     assert trainer_state(tmp_path / "whole", 4)["selection_bias"] == bias.tolist()
     assert bias.abs().max() > 0
+    with pytest.warns(UserWarning, match="trained with a selection bias"):
+        export(tmp_path / "whole", tmp_path / "exported")
+    assert json.loads((tmp_path / "exported" / "router_selection_bias.json").read_text()) == bias.tolist()
     assert (tmp_path / "whole" / "expert_load.png").read_bytes().startswith(b"\x89PNG")
 
     parts = {**whole, "output_dir": str(tmp_path / "parts"), "schedule": "constant", "max_steps": 2}

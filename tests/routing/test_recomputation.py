@@ -122,7 +122,6 @@ def compare_with_eager(run, layer, **options):
     torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-4, atol=1e-5)
 
 
-@NEEDS_COMPILER
 def test_a_layer_routes_the_same_under_compile():
     layer = model_of("sparsemixer").model.layers[0].mlp
 
@@ -130,7 +129,8 @@ def test_a_layer_routes_the_same_under_compile():
         output, routing = layer(hidden_states)
         return output, routing.logits, routing.expert_indices, routing.expert_weights
 
-    compare_with_eager(run, layer)
+    # The whole layer is traced; generating C++ for it too takes a minute and is left to the test below.
+    compare_with_eager(run, layer, backend="aot_eager")
 
 
 @NEEDS_COMPILER

@@ -104,7 +104,9 @@ def test_replay_keeps_the_papers_gradient():
 
 @pytest.mark.parametrize("shape", [(2, 3), (1, 1)])
 def test_topk_layer_passes_a_numerical_gradient_check(shape):
-    layer = layer_of("topk", hidden_size=8, intermediate_size=4, head_dim=16, num_attention_heads=2, num_key_value_heads=2)
+    layer = layer_of(
+        "topk", hidden_size=8, intermediate_size=4, head_dim=16, num_attention_heads=2, num_key_value_heads=2
+    )
     hidden_states = torch.randn(*shape, 8, dtype=torch.float64, requires_grad=True)
     parameters = tuple(layer.parameters())
 
