@@ -31,11 +31,11 @@ def checkpoint_layer(
     if not hidden_states.requires_grad:
         # It follows the gradient of its inputs alone, and would drop the layer's where the embedding is frozen.
         hidden_states = hidden_states.detach().requires_grad_()
-    result, *fields = checkpoint(_flat, layer, hidden_states, *arguments, use_reentrant=True)
-    return result, RouterOutput(*fields) if fields else None
+    flat: tuple[Any, ...] = checkpoint(_flat, layer, hidden_states, *arguments, use_reentrant=True)
+    return flat[0], RouterOutput(*flat[1:]) if len(flat) > 1 else None
 
 
-def _flat(layer: Any, hidden_states: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor | None, ...]:
+def _flat(layer: Any, hidden_states: torch.Tensor, *arguments: Any) -> tuple[Any, ...]:
     result, routing = layer(hidden_states, *arguments)
     if routing is None:
         return (result,)

@@ -50,7 +50,7 @@ def test_means_over_ranks_are_those_of_the_joined_batch_with_unequal_tokens():
         torch.testing.assert_close(mean, value.detach(), rtol=0, atol=1e-6)  # measured 1.2e-7
         for layer in range(2):
             averaged = torch.cat([result[index][1][layer] for result in ranks]) / 2
-            torch.testing.assert_close(averaged, joined[layer].logits.grad, rtol=0, atol=1e-7)  # measured 8e-9
+            torch.testing.assert_close(averaged, joined[layer].logits.grad, rtol=0, atol=1e-7)  # measured 0
 
 
 @pytest.mark.parametrize("loss", [load_balancing_loss, router_z_loss])
@@ -73,7 +73,7 @@ def test_losses_pass_a_numerical_gradient_check(loss):
         shift[position] = step
         shift = shift.view_as(scores)
         slope = (value(scores + shift) - value(scores - shift)) / (2 * step)
-        # float32 differences; measured 3e-5
+        # float32 differences; measured 2.5e-5
         assert gradient.flatten()[position].item() == pytest.approx(slope.item(), abs=3e-4)
 
 
