@@ -211,7 +211,7 @@ def write_card(model: Path, run: Path, scores: dict[str, Any], times: Stopwatch,
     import torch
 
     from phi35.loading import load_config
-    from phi35.training.run import commit
+    from phi35.training.description import commit
 
     config = load_config(model)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"

@@ -9,6 +9,7 @@ import torch
 
 from phi35.loading import empty_model, save
 from phi35.processor import Processor
+from phi35.training.build import build_processor
 from phi35.training.checkpoint import load_parameters, model_config_from_dict
 from phi35.training.checkpoint_files import CheckpointReader, complete_checkpoints
 
@@ -49,8 +50,6 @@ def export(
     if processor_folder is not None:
         processor = Processor.from_folder(processor_folder, model_config)
     elif processor is None:
-        from phi35.training.run import build_processor
-
         processor = build_processor(config, model_config)
     cpu, name = torch.device("cpu"), dtype or config.dtype
     model = empty_model(model_config, cpu, getattr(torch, name))

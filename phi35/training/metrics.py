@@ -180,7 +180,9 @@ def plot(history: list[dict[str, Any]], path: Path) -> None:
     for axis, name in zip(axes, panels, strict=True):
         if name == "expert_load":
             for layer in range(len(history[-1][name])):
-                axis.plot(steps, [max(line[name][layer]) for line in history], label=f"layer {layer}", linewidth=1)
+                axis.plot(
+                    steps, [max(line[name][layer]) for line in history], label=f"sparse layer {layer}", linewidth=1
+                )
             axis.set_title("load of the busiest expert")
             if len(history[-1][name]) <= 8:
                 axis.legend(fontsize=7)

@@ -115,7 +115,7 @@ def plot_expert_load(history: list[dict[str, Any]], path: Path, num_steps: int =
     axis.set_xticks(range(num_experts))
     axis.set_yticks(range(num_layers))
     axis.set_xlabel("expert")
-    axis.set_ylabel("layer")
+    axis.set_ylabel("sparse layer, in order")
     axis.set_title(f"tokens per expert / mean, steps {last[0]['step']} to {last[-1]['step']}", fontsize=9)
     figure.colorbar(image, ax=axis, extend="max")
     figure.savefig(path, dpi=120)

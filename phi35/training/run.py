@@ -1,10 +1,6 @@
 """A training run from config to exported model."""
 
 import inspect
-import json
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +9,21 @@ from typing import Any
 import torch
 from torch import distributed
 
-from phi35 import presets
 from phi35.config import ModelConfig
-from phi35.loading import create, load, load_config
-from phi35.processor import Processor
 from phi35.registry import resolve
 from phi35.training import checkpoint, environment
+from phi35.training.build import build_model, build_processor, read_model_config
 from phi35.training.checkpoint_files import CheckpointReader, set_aside
 from phi35.training.config import TrainingConfig
 from phi35.training.data import open_text
-from phi35.training.engine import Engine, shard_experts
+from phi35.training.description import describe_run, versions
+from phi35.training.engine import Engine
 from phi35.training.environment import Environment
+from phi35.training.export import export
 from phi35.training.loss import count_label_tokens
 from phi35.training.metrics import Metrics, plot
-from phi35.training.parameter_groups import freeze_parameters
 from phi35.training.random_state import seed_everything
 
-SMALL_MODEL = Path(__file__).resolve().parents[1] / "small_model"
-"""Folder of the package whose tokenizer the tiny presets use."""
 HOST_INPUTS = ("image_sizes",)
 """Inputs of which the model reads the values: on the device it would have to wait for them."""
 
@@ -139,94 +132,6 @@ def run_steps(
             saved = checkpoint.save(root, done, engine, {**state, **now}, config.keep_last)
             metrics.restart_clock()
     return saved
-
-
-def read_model_config(config: TrainingConfig) -> ModelConfig:
-    """The model's config, from preset or folder, with the overrides; allocates nothing.
-
-    Raises:
-        ValueError: for an unknown preset or field.
-    """
-    folder = Path(config.model)
-    if (folder / "config.json").is_file():
-        base = load_config(folder)
-    else:
-        base = presets.get(config.model)
-    return base.replace(**config.model_overrides) if config.model_overrides else base
-
-
-def build_processor(config: TrainingConfig, model_config: ModelConfig) -> Any:
-    """The processor of the model's folder, of ``config.processor``, or with the package's small tokenizer.
-
-    Raises:
-        ValueError: if no tokenizer fits the vocabulary.
-    """
-    folder = Path(config.processor or config.model)
-    if config.processor is None and not (folder / "tokenizer.json").is_file():
-        folder = SMALL_MODEL
-        if model_config.vocab_size > 2048:
-            raise ValueError(
-                f"model {config.model!r} has a vocabulary of {model_config.vocab_size} and brings no tokenizer; give "
-                "processor=FOLDER with the tokenizer.json that belongs to it"
-            )
-    return Processor.from_folder(folder, model_config)
-
-
-def build_model(config: TrainingConfig, model_config: ModelConfig, reader: CheckpointReader | None) -> Any:
-    """The model on the CPU in float32: weights of the checkpoint, of the model folder, or random; experts sharded."""
-    if reader is None and (Path(config.model) / "config.json").is_file() and not config.model_overrides:
-        model, _ = load(config.model, device="cpu", dtype="float32")
-    else:
-        model = create(model_config, device="cpu", dtype="float32", seed=config.seed)
-    if config.tower is not None and reader is None:
-        resolve("vision.pretraining:load_tower")(model, config.tower)
-    freeze_parameters(model, config)
-    shard_experts(model, config)
-    if reader is not None:
-        checkpoint.load_parameters(model, reader)
-    return model
-
-
-def describe_run(folder: Path, config: TrainingConfig, place: Environment) -> None:
-    """Prints the resolved config and keeps it beside the run, with versions, commit and command."""
-    import yaml
-
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    accumulation = config.gradient_accumulation_steps(place.world_size)
-    print(f"training config ({place.world_size} x {place.device.type}, {accumulation} micro-batches a step):")
-    print("".join(f"  {line}\n" for line in text.splitlines()), end="", flush=True)
-    (folder / "training_config.yaml").write_text(text)
-    described = {"versions": versions(), "commit": commit(), "command": sys.argv, "world_size": place.world_size}
-    (folder / "run.json").write_text(json.dumps(described, indent=1) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run depends on."""
-    import deepspeed
-
-    import phi35
-
-    return {
-        "phi35": phi35.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "deepspeed": str(deepspeed.__version__),
-    }
-
-
-def commit() -> str | None:
-    """Commit of the source tree, with "+changes" where files differ from it; None outside git."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        described = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return described.stdout.strip() or None if described.returncode == 0 else None
 
 
 def _open_output(folder: Path, config: TrainingConfig, place: Environment) -> None:
@@ -351,8 +256,6 @@ def _finish(config: TrainingConfig, processor: Any, metrics: Metrics, folder: Pa
     if metrics.heat_map_path.is_file():
         written["experts"] = metrics.heat_map_path
     if config.export:
-        from phi35.training.export import export
-
         written["model"] = folder / "model"
         export(last, written["model"], processor=processor, verify=False)
     later = history[len(history) // 2 :]

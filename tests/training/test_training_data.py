@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from phi35 import presets
+from phi35.training.build import SMALL_MODEL
 from phi35.training.data import TextSource, open_text, text_files
-from phi35.training.run import SMALL_MODEL
 
 
 def samples(world_size, micro_batch_size, count, start=None):
