@@ -24,3 +24,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("multigpu") and devices < 2:
             item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows what the parity tests measured: the lines they printed, which pytest hides where a test passes."""
+    lines = []
+    for report in terminalreporter.getreports("passed"):
+        where = report.nodeid.split("::")[0].removeprefix("tests/")
+        if "parity" in where or "exchange" in where:
+            lines += [f"{where}: {line}" for line in report.capstdout.splitlines() if line]
+    if lines:
+        terminalreporter.section("measured errors")
+        for line in sorted(set(lines)):
+            terminalreporter.write_line(line)
