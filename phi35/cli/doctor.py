@@ -16,12 +16,12 @@ REQUIRED = (
 )
 OPTIONAL = {
     "deepspeed": "training over several processes (pip install 'phi35[train]')",
-    "webdataset": "image training data (pip install 'phi35[train]')",
+    "webdataset": "reading image shards with other tools; phi35 reads them itself (pip install 'phi35[train]')",
     "matplotlib": "loss curves (pip install 'phi35[train]')",
     "easy-vqa": "image questions at hand (pip install 'phi35[train]')",
     "open_clip_torch": "OpenAI's CLIP weights (pip install 'phi35[clip]')",
     "transformers": "parity tests, interop (pip install 'phi35[transformers]')",
-    "megablocks": "block-sparse experts on CUDA (pip install 'phi35[megablocks]')",
+    "megablocks": "the megablocks experts backend on CUDA (make megablocks)",
     "triton": "GPU kernels; comes with CUDA builds of torch",
 }
 
