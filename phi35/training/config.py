@@ -11,12 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from phi35.training.schedule import SCHEDULES
-
-DTYPES = ("float32", "bfloat16")
-OFFLOADS = ("none", "optimizer")
-PARTS = ("embeddings", "decoder", "router", "experts", "tower", "projector")
-"""Groups of parameters that can have a learning rate of their own, or be frozen."""
+from phi35.training.config_checks import type_problems, value_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +36,7 @@ class TrainingConfig:
         learning_rate: peak rate.
         learning_rates: peak rates of single parts (``PARTS``) in place of ``learning_rate``.
         freeze: parts that are not trained.
-        schedule: "cosine", "wsd" or "constant".
+        schedule: "cosine", "linear", "wsd" or "constant".
         warmup_steps: steps of the linear rise.
         decay_steps: steps of the last part of "wsd".
         min_lr_ratio: floor of the schedule as a part of the peak.
@@ -113,8 +108,7 @@ class TrainingConfig:
         for name in ("freeze", "adam_betas"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        problems = [*_type_problems(self)]
-        problems = problems or [*_value_problems(self)]
+        problems = [*type_problems(self)] or [*value_problems(self)]
         if problems:
             raise ValueError("invalid training config: " + "; ".join(problems))
 
@@ -254,63 +248,3 @@ def _check_known(values: dict[str, Any]) -> None:
         near = [match for name in unknown for match in difflib.get_close_matches(str(name), known, n=1)]
         hint = f"; did you mean {near}?" if near else "."
         raise ValueError(f"unknown training config keys {unknown}{hint} Known keys are {sorted(known)}")
-
-
-def _type_problems(config: TrainingConfig) -> Any:
-    for item in dataclasses.fields(config):
-        value, hint = getattr(config, item.name), _FIELD_TYPES[item.name]
-        accepted = [kind for kind in (get_args(hint) or (hint,)) if isinstance(kind, type)]
-        origin = getattr(hint, "__origin__", None)
-        if origin in (dict, tuple):
-            accepted = [origin]
-        if isinstance(value, int) and not isinstance(value, bool) and float in accepted:
-            object.__setattr__(config, item.name, float(value))
-            continue
-        if not any(isinstance(value, kind) for kind in accepted) or (isinstance(value, bool) and bool not in accepted):
-            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in accepted)
-            yield f"{item.name} must be {names}, got {value!r}"
-
-
-def _value_problems(config: TrainingConfig) -> Any:
-    choices = {"schedule": SCHEDULES, "dtype": DTYPES, "offload": OFFLOADS, "zero_stage": (0, 1, 2, 3)}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            yield f"{name} must be one of {allowed}, got {getattr(config, name)!r}"
-    for name in ("global_batch_size", "micro_batch_size", "max_steps", "sequence_length", "ep_size", "log_interval"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            yield f"{name} must be at least 1, got {value}"
-    at_least_zero = (
-        "num_workers warmup_steps decay_steps weight_decay gradient_clipping adam_epsilon save_interval keep_last"
-    )
-    for name in (*at_least_zero.split(), "router_z_loss_coef", "router_bias_update_rate"):
-        if getattr(config, name) < 0:
-            yield f"{name} must not be negative, got {getattr(config, name)}"
-    if config.sequence_length < 2:
-        yield "sequence_length must be at least 2: each token predicts the next"
-    if not config.learning_rate > 0:
-        yield f"learning_rate must be positive, got {config.learning_rate}"
-    if not 0 <= config.min_lr_ratio <= 1:
-        yield f"min_lr_ratio must lie in [0, 1], got {config.min_lr_ratio}"
-    if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
-        yield f"adam_betas must be two numbers in [0, 1), got {config.adam_betas}"
-    if config.warmup_steps + config.decay_steps > config.max_steps:
-        yield (
-            f"warmup_steps ({config.warmup_steps}) + decay_steps ({config.decay_steps}) exceed max_steps "
-            f"({config.max_steps})"
-        )
-    if config.schedule == "wsd" and config.decay_steps == 0:
-        yield "schedule 'wsd' needs decay_steps > 0"
-    if config.schedule != "wsd" and config.decay_steps:
-        yield f"decay_steps={config.decay_steps} has no effect with schedule {config.schedule!r}; leave it 0"
-    if config.offload != "none" and config.zero_stage == 0:
-        yield "offload='optimizer' needs zero_stage 1 to 3"
-    for name in ("learning_rates", "freeze"):
-        unknown = sorted(set(getattr(config, name)) - set(PARTS))
-        if unknown:
-            yield f"{name} names unknown parts {unknown}; parts are {PARTS}"
-    for part, rate in config.learning_rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
-            yield f"learning_rates.{part} must be a number, at least 0, got {rate!r}"
-    if set(config.freeze) >= set(PARTS):
-        yield "freeze leaves nothing to train"

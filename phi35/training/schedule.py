@@ -1,12 +1,12 @@
 """Learning-rate schedules as pure functions of the step, so that a resumed run needs no scheduler state.
 
-"cosine" decays to a floor over the whole run (arXiv 1608.03983), "wsd" holds the peak and decays in the last part
-(warmup-stable-decay, arXiv 2404.06395), "constant" stays at the peak. All three begin with a linear warm-up.
+"cosine" (arXiv 1608.03983) and "linear" decay to a floor over the whole run, "wsd" holds the peak and decays in the
+last part (warmup-stable-decay, arXiv 2404.06395), "constant" stays at the peak. All begin with a linear warm-up.
 """
 
 import math
 
-SCHEDULES = ("cosine", "wsd", "constant")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
 def learning_rate_factor(
@@ -20,7 +20,7 @@ def learning_rate_factor(
         total_steps: steps of the run.
         warmup_steps: steps of the linear rise; step s gives (s + 1) / warmup_steps.
         decay_steps: length of the last part of "wsd"; it falls linearly to ``floor``, reached at ``total_steps``.
-        floor: factor at the end of "cosine" and "wsd".
+        floor: factor at the end of "cosine", "linear" and "wsd".
 
     Raises:
         ValueError: for an unknown schedule.
@@ -31,9 +31,10 @@ def learning_rate_factor(
         return (step + 1) / warmup_steps
     if schedule == "constant":
         return 1.0
-    if schedule == "cosine":
+    if schedule in ("cosine", "linear"):
         progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        left = 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return floor + (1.0 - floor) * left
     decay_start = total_steps - decay_steps
     if step < decay_start or decay_steps == 0:
         return 1.0

@@ -27,6 +27,14 @@ def test_cosine_follows_its_formula_and_ends_at_the_floor():
     assert learning_rate_factor(110, schedule="cosine", total_steps=110, warmup_steps=10, floor=0.1) == 0.1
 
 
+def test_linear_falls_evenly_to_the_floor():
+    values = curve(110, schedule="linear", warmup_steps=10, floor=0.2)
+    assert values[9] == values[10] == 1.0
+    falls = [before - after for before, after in zip(values[10:], values[11:], strict=False)]
+    assert falls == pytest.approx([0.008] * 99, abs=1e-12)
+    assert learning_rate_factor(110, schedule="linear", total_steps=110, warmup_steps=10, floor=0.2) == 0.2
+
+
 def test_wsd_holds_the_peak_and_decays_in_the_last_part():
     values = curve(100, schedule="wsd", warmup_steps=5, decay_steps=20, floor=0.0)
     assert set(values[5:80]) == {1.0}
@@ -38,5 +46,5 @@ def test_no_warmup_starts_at_the_peak():
 
 
 def test_unknown_schedule_is_named():
-    with pytest.raises(ValueError, match="'linear'"):
-        learning_rate_factor(0, schedule="linear", total_steps=1)
+    with pytest.raises(ValueError, match="'sawtooth'"):
+        learning_rate_factor(0, schedule="sawtooth", total_steps=1)

@@ -24,9 +24,9 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
 def test_all_problems_come_at_once():
     with pytest.raises(ValueError) as caught:
         TrainingConfig(
-            schedule="linear", dtype="float16", zero_stage=4, max_steps=0, learning_rate=-1.0, freeze=("head",)
+            schedule="sawtooth", dtype="float16", zero_stage=4, max_steps=0, learning_rate=-1.0, freeze=("head",)
         )
-    for part in ("schedule", "float16", "zero_stage", "max_steps", "learning_rate", "head"):
+    for part in ("sawtooth", "float16", "zero_stage", "max_steps", "learning_rate", "head"):
         assert part in str(caught.value)
 
 
