@@ -1,13 +1,9 @@
 """A training run from config to exported model."""
 
 import inspect
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import distributed
 
 from phi35.config import ModelConfig
 from phi35.registry import resolve
@@ -20,12 +16,9 @@ from phi35.training.description import describe_run, versions
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
 from phi35.training.export import export
-from phi35.training.loss import count_label_tokens
+from phi35.training.loop import run_steps
 from phi35.training.metrics import Metrics, plot
 from phi35.training.random_state import seed_everything
-
-HOST_INPUTS = ("image_sizes",)
-"""Inputs of which the model reads the values: on the device it would have to wait for them."""
 
 
 @dataclass(frozen=True)
@@ -97,41 +90,6 @@ def train(
     summary = _finish(config, processor, metrics, folder, last) if place.is_main else None
     place.barrier()  # until rank 0 has exported
     return summary
-
-
-def run_steps(
-    engine: Engine, source: Any, metrics: Metrics, first_step: int, root: Path, state: dict[str, Any]
-) -> Path:
-    """The loop: ``max_steps`` updates, a checkpoint now and then and one at the end.
-
-    Returns:
-        The last checkpoint's folder.
-    """
-    config, place = engine.config, engine.environment
-    accumulation = config.gradient_accumulation_steps(place.world_size)
-    batches = source.compact() if hasattr(source, "compact") else iter(source)
-    expand = getattr(source, "expand", None)
-    saved = root / f"step-{first_step:08d}"
-    for step in range(first_step, config.max_steps):
-        micro_batches, num_tokens = _next_micro_batches(batches, accumulation, place.device, expand)
-        global_num_tokens = _sum_over_ranks(sum(num_tokens), place)
-        learning_rate = engine.set_learning_rate(step)
-        result = engine.step(micro_batches, num_tokens, global_num_tokens)
-        metrics.add(
-            step + 1,
-            result,
-            learning_rate=learning_rate,
-            num_tokens=global_num_tokens,
-            num_samples=config.global_batch_size,
-            attention_masks=[batch.get("attention_mask") for batch in micro_batches],
-        )
-        done = step + 1
-        if done == config.max_steps or (config.save_interval and done % config.save_interval == 0):
-            metrics.flush()
-            now = {"data": source.state_dict(), "selection_bias": engine.balancer.state()}
-            saved = checkpoint.save(root, done, engine, {**state, **now}, config.keep_last)
-            metrics.restart_clock()
-    return saved
 
 
 def _open_output(folder: Path, config: TrainingConfig, place: Environment) -> None:
@@ -218,33 +176,6 @@ def _check_resumable(reader: CheckpointReader, config: TrainingConfig, model_con
         raise ValueError(
             f"{str(reader.folder)!r} is beyond max_steps={config.max_steps}; give more steps or another output_dir"
         )
-
-
-def _next_micro_batches(
-    batches: Iterator[dict[str, torch.Tensor]],
-    count: int,
-    device: torch.device,
-    expand: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None,
-) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-    """``count`` micro-batches on the device and their label tokens, counted before the labels leave the host."""
-    taken, num_tokens = [], []
-    for _ in range(count):
-        batch = next(batches)
-        num_tokens.append(count_label_tokens(batch["labels"]))
-        moved = {
-            name: value if name in HOST_INPUTS else value.to(device, non_blocking=True) for name, value in batch.items()
-        }
-        taken.append(moved if expand is None else expand(moved))
-    return taken, num_tokens
-
-
-def _sum_over_ranks(value: int, place: Environment) -> torch.Tensor | int:
-    """Sum of a count over ranks, at least 1; on a GPU it stays there, so that nobody waits for it."""
-    if place.world_size == 1:
-        return max(1, value)
-    total = torch.tensor(float(value), device=place.device)
-    distributed.all_reduce(total)
-    return total.clamp(min=1)
 
 
 def _finish(config: TrainingConfig, processor: Any, metrics: Metrics, folder: Path, last: Path) -> RunSummary:

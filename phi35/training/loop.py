@@ -1,0 +1,79 @@
+"""The loop of a training run: batches to the device, updates, metrics, checkpoints."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from phi35.training import checkpoint
+from phi35.training.engine import Engine
+from phi35.training.environment import Environment
+from phi35.training.loss import count_label_tokens
+from phi35.training.metrics import Metrics
+
+HOST_INPUTS = ("image_sizes",)
+"""Inputs of which the model reads the values: on the device it would have to wait for them."""
+
+
+def run_steps(
+    engine: Engine, source: Any, metrics: Metrics, first_step: int, root: Path, state: dict[str, Any]
+) -> Path:
+    """The loop: ``max_steps`` updates, a checkpoint now and then and one at the end.
+
+    Returns:
+        The last checkpoint's folder.
+    """
+    config, place = engine.config, engine.environment
+    accumulation = config.gradient_accumulation_steps(place.world_size)
+    batches = source.compact() if hasattr(source, "compact") else iter(source)
+    expand = getattr(source, "expand", None)
+    saved = root / f"step-{first_step:08d}"
+    for step in range(first_step, config.max_steps):
+        micro_batches, num_tokens = _next_micro_batches(batches, accumulation, place.device, expand)
+        global_num_tokens = _sum_over_ranks(sum(num_tokens), place)
+        learning_rate = engine.set_learning_rate(step)
+        result = engine.step(micro_batches, num_tokens, global_num_tokens)
+        metrics.add(
+            step + 1,
+            result,
+            learning_rate=learning_rate,
+            num_tokens=global_num_tokens,
+            num_samples=config.global_batch_size,
+            attention_masks=[batch.get("attention_mask") for batch in micro_batches],
+        )
+        done = step + 1
+        if done == config.max_steps or (config.save_interval and done % config.save_interval == 0):
+            metrics.flush()
+            now = {"data": source.state_dict(), "selection_bias": engine.balancer.state()}
+            saved = checkpoint.save(root, done, engine, {**state, **now}, config.keep_last)
+            metrics.restart_clock()
+    return saved
+
+
+def _next_micro_batches(
+    batches: Iterator[dict[str, torch.Tensor]],
+    count: int,
+    device: torch.device,
+    expand: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None,
+) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+    """``count`` micro-batches on the device and their label tokens, counted before the labels leave the host."""
+    taken, num_tokens = [], []
+    for _ in range(count):
+        batch = next(batches)
+        num_tokens.append(count_label_tokens(batch["labels"]))
+        moved = {
+            name: value if name in HOST_INPUTS else value.to(device, non_blocking=True) for name, value in batch.items()
+        }
+        taken.append(moved if expand is None else expand(moved))
+    return taken, num_tokens
+
+
+def _sum_over_ranks(value: int, place: Environment) -> torch.Tensor | int:
+    """Sum of a count over ranks, at least 1; on a GPU it stays there, so that nobody waits for it."""
+    if place.world_size == 1:
+        return max(1, value)
+    total = torch.tensor(float(value), device=place.device)
+    distributed.all_reduce(total)
+    return total.clamp(min=1)
