@@ -30,6 +30,8 @@ class GemmConfig:
         num_stages: pipeline depth.
         group: row tiles of one expert that are swept together over the columns, to reuse weights in the L2 cache.
         flatten: let the compiler merge the tile loop and the depth loop, so that loads run ahead across tiles.
+        waves: programs per multiprocessor, one after the other. With more than one, a kernel that holds some of the
+            multiprocessors for a while (an exchange between GPUs) delays a part of the tiles, not whole programs.
     """
 
     block_n: int = 256
@@ -38,10 +40,16 @@ class GemmConfig:
     num_stages: int = 3
     group: int = 16
     flatten: bool = False
+    waves: int = 1
 
 
 def rows_by_experts(
-    rows: torch.Tensor, weights: torch.Tensor, plan: RoutingPlan, transposed: bool, config: GemmConfig
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    plan: RoutingPlan,
+    transposed: bool,
+    config: GemmConfig,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each expert's rows times its weights.
 
@@ -51,16 +59,19 @@ def rows_by_experts(
         plan: with ``align`` = TILE_ROWS.
         transposed: multiply by the transposed weights of each expert.
         config: tiles.
+        out: contiguous (P, M) to write to; None allocates it.
 
     Returns:
         (P, M); rows past those in use are undefined.
     """
     num_experts, first, second = weights.shape
     depth, columns = (second, first) if transposed else (first, second)
-    out = torch.empty((rows.shape[0], columns), dtype=rows.dtype, device=rows.device)
+    if out is None:
+        out = torch.empty((rows.shape[0], columns), dtype=rows.dtype, device=rows.device)
+    programs = num_programs(rows.device) * config.waves
     block_n = min(config.block_n, triton.next_power_of_2(columns))
     weight_block = [1, block_n, config.block_k] if transposed else [1, config.block_k, block_n]
-    _rows_by_experts_kernel[(num_programs(rows.device),)](
+    _rows_by_experts_kernel[(programs,)](
         TensorDescriptor.from_tensor(rows, [plan.align, config.block_k]),
         TensorDescriptor.from_tensor(weights, weight_block),
         TensorDescriptor.from_tensor(out, [plan.align, block_n]),
@@ -74,7 +85,7 @@ def rows_by_experts(
         BLOCK_N=block_n,
         BLOCK_K=config.block_k,
         GROUP=config.group,
-        PROGRAMS=num_programs(rows.device),
+        PROGRAMS=programs,
         FLATTEN=config.flatten,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -103,7 +114,8 @@ def rows_by_experts_gated(
     out = torch.empty((rows.shape[0], width), dtype=rows.dtype, device=rows.device)
     gate_up = torch.empty((rows.shape[0], double) if save else (1, 2, width), dtype=rows.dtype, device=rows.device)
     half = min(config.block_n // 2, triton.next_power_of_2(width))
-    _rows_by_experts_gated_kernel[(num_programs(rows.device),)](
+    programs = num_programs(rows.device) * config.waves
+    _rows_by_experts_gated_kernel[(programs,)](
         TensorDescriptor.from_tensor(rows, [plan.align, config.block_k]),
         TensorDescriptor.from_tensor(gate_up_proj.view(num_experts, 2, width, depth), [1, 2, half, config.block_k]),
         TensorDescriptor.from_tensor(out, [plan.align, half]),
@@ -119,7 +131,7 @@ def rows_by_experts_gated(
         HALF_N=half,
         BLOCK_K=config.block_k,
         GROUP=config.group,
-        PROGRAMS=num_programs(rows.device),
+        PROGRAMS=programs,
         FLATTEN=config.flatten,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -127,14 +139,25 @@ def rows_by_experts_gated(
     return out, gate_up if save else rows.new_empty(0)
 
 
-def rows_by_rows(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, config: GemmConfig) -> torch.Tensor:
-    """Per expert, the sum over its rows of left^T right: (P, M), (P, C) -> (E, M, C); zeros without rows."""
+def rows_by_rows(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    plan: RoutingPlan,
+    config: GemmConfig,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Per expert, the sum over its rows of left^T right: (P, M), (P, C) -> (E, M, C), in ``out`` where given.
+
+    An expert without rows gets zeros.
+    """
     num_experts = plan.counts.shape[0]
     height, columns = left.shape[1], right.shape[1]
-    out = torch.empty((num_experts, height, columns), dtype=left.dtype, device=left.device)
+    if out is None:
+        out = torch.empty((num_experts, height, columns), dtype=left.dtype, device=left.device)
+    programs = num_programs(left.device) * config.waves
     block_m = min(TILE_ROWS, triton.next_power_of_2(height))
     block_n = min(config.block_n, triton.next_power_of_2(columns))
-    _rows_by_rows_kernel[(num_programs(left.device),)](
+    _rows_by_rows_kernel[(programs,)](
         TensorDescriptor.from_tensor(left, [config.block_k, block_m]),
         TensorDescriptor.from_tensor(right, [config.block_k, block_n]),
         TensorDescriptor.from_tensor(out, [1, block_m, block_n]),
@@ -147,7 +170,7 @@ def rows_by_rows(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, con
         BLOCK_N=block_n,
         BLOCK_K=config.block_k,
         GROUP=config.group,
-        PROGRAMS=num_programs(left.device),
+        PROGRAMS=programs,
         FLATTEN=config.flatten,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -13,11 +13,13 @@ class HopperConfig:
         block_n: columns of the output per tile; for the gated product half are gate, half up.
         num_stages: stages in the ring.
         group: row tiles swept together over the columns, to reuse operands in the L2 cache.
+        waves: as in ``moe.kernels.grouped_gemm.GemmConfig``.
     """
 
     block_n: int = 256
     num_stages: int = 3
     group: int = 16
+    waves: int = 1
 
 
 def fits(*sizes: int) -> bool:

@@ -25,15 +25,21 @@ HALF_M = TILE_ROWS // 2
 
 
 def rows_by_experts(
-    rows: torch.Tensor, weights: torch.Tensor, plan: RoutingPlan, transposed: bool, config: HopperConfig
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    plan: RoutingPlan,
+    transposed: bool,
+    config: HopperConfig,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Each expert's rows (P, K) times its weights, (E, M, K) with ``transposed``, else (E, K, M); (P, M)."""
+    """Each expert's rows (P, K) times its weights, (E, M, K) with ``transposed``, else (E, K, M); (P, M) or ``out``."""
     num_experts, first, second = weights.shape
     depth, columns = (second, first) if transposed else (first, second)
-    out = torch.empty((rows.shape[0], columns), dtype=rows.dtype, device=rows.device)
+    if out is None:
+        out = torch.empty((rows.shape[0], columns), dtype=rows.dtype, device=rows.device)
     flat = weights.view(num_experts * first, second)
     block_n = config.block_n
-    programs = num_programs(rows.device)
+    programs = num_programs(rows.device) * config.waves
     _rows_by_experts_kernel[(programs,)](
         descriptor(rows, HALF_M, BLOCK_K),
         descriptor(flat, *((block_n, BLOCK_K) if transposed else (BLOCK_K, block_n))),
@@ -67,7 +73,7 @@ def rows_by_experts_gated(
     gate_up = torch.empty((rows.shape[0], double), dtype=rows.dtype, device=rows.device) if save else out
     flat = gate_up_proj.view(num_experts * double, depth)
     half = config.block_n // 2
-    programs = num_programs(rows.device)
+    programs = num_programs(rows.device) * config.waves
     _rows_by_experts_kernel[(programs,)](
         descriptor(rows, HALF_M, BLOCK_K),
         descriptor(flat, half, BLOCK_K),

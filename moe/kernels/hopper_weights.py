@@ -16,12 +16,22 @@ from moe.kernels.hopper_gemm import HALF_M, descriptor, load, store_tile
 from moe.kernels.routing import RoutingPlan
 
 
-def rows_by_rows(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, config: HopperConfig) -> torch.Tensor:
-    """Per expert, the sum over its rows of left^T right: (P, M), (P, C) -> (E, M, C); zeros without rows."""
+def rows_by_rows(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    plan: RoutingPlan,
+    config: HopperConfig,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Per expert, the sum over its rows of left^T right: (P, M), (P, C) -> (E, M, C), in ``out`` where given.
+
+    An expert without rows gets zeros.
+    """
     num_experts = plan.counts.shape[0]
     height, columns = left.shape[1], right.shape[1]
-    out = torch.empty((num_experts, height, columns), dtype=left.dtype, device=left.device)
-    programs = num_programs(left.device)
+    if out is None:
+        out = torch.empty((num_experts, height, columns), dtype=left.dtype, device=left.device)
+    programs = num_programs(left.device) * config.waves
     _rows_by_rows_kernel[(programs,)](
         descriptor(left, BLOCK_K, HALF_M),
         descriptor(right, BLOCK_K, config.block_n),

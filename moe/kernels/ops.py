@@ -68,12 +68,7 @@ def experts_up(
     how = tuning.choose(hidden_states.dtype, hidden_states.device, (hidden_size, double // 2), hidden_act).up
     plan = plan_routing(expert_indices, num_experts, _ALIGN)
     sorted_rows = rows.gather_rows(hidden_states, plan, expert_indices.shape[1])
-    gate_up_proj = _aligned(gate_up_proj)
-    if isinstance(how, HopperConfig):
-        gated = _hopper("hopper_gemm").rows_by_experts_gated
-        acted, gate_up = gated(sorted_rows, gate_up_proj, plan, how, save=save)
-    else:
-        acted, gate_up = grouped_gemm.rows_by_experts_gated(sorted_rows, gate_up_proj, plan, hidden_act, how, save=save)
+    acted, gate_up = rows_by_experts_gated(sorted_rows, gate_up_proj, plan, hidden_act, how, save)
     if not save:
         return acted, hidden_states.new_empty(0), hidden_states.new_empty(0), plan.buffer
     return acted, gate_up, sorted_rows, plan.buffer
@@ -113,11 +108,11 @@ def experts_up_backward(
     input_grad, weights_grad = gate_up_grad.new_empty(0), gate_up_grad.new_empty(0)
     # The weights' gradient last: it is the largest, and the rows' gradient is freed by then.
     if input_wanted:
-        rows_grad = _rows_by_experts(gate_up_grad, gate_up_proj, plan, False, how.up_rows)
+        rows_grad = rows_by_experts(gate_up_grad, gate_up_proj, plan, False, how.up_rows)
         input_grad = rows.combine_rows(rows_grad, plan, top_k, None, gate_up_grad.dtype)
         del rows_grad
     if weights_wanted:
-        weights_grad = _rows_by_rows(gate_up_grad, sorted_rows, plan, how.up_weights)
+        weights_grad = rows_by_rows(gate_up_grad, sorted_rows, plan, how.up_weights)
     return input_grad, weights_grad
 
 
@@ -155,7 +150,7 @@ def experts_down(
     num_experts, hidden_size, width = down_proj.shape
     how = tuning.choose(acted.dtype, acted.device, (hidden_size, width), hidden_act)
     plan = RoutingPlan.view(plan_buffer, expert_weights.numel(), num_experts, _ALIGN)
-    mixed = _rows_by_experts(acted, down_proj, plan, True, how.down)
+    mixed = rows_by_experts(acted, down_proj, plan, True, how.down)
     return rows.combine_rows(mixed, plan, expert_weights.shape[1], expert_weights, acted.dtype)
 
 
@@ -186,13 +181,13 @@ def experts_down_backward(
     how = tuning.choose(grad.dtype, grad.device, (hidden_size, width), hidden_act)
     plan = RoutingPlan.view(plan_buffer, expert_weights.numel(), num_experts, _ALIGN)
     upstream = rows.gather_rows(grad, plan, expert_weights.shape[1])
-    acted_grad = _rows_by_experts(upstream, down_proj, plan, False, how.down_rows)
+    acted_grad = rows_by_experts(upstream, down_proj, plan, False, how.down_rows)
     gate_up_grad, acted, expert_weights_grad = rows.gate_rows_backward(
         acted_grad, gate_up, plan, expert_weights, hidden_act
     )
     if not weights_wanted:
         return gate_up_grad, expert_weights_grad, grad.new_empty(0)
-    return gate_up_grad, expert_weights_grad, _rows_by_rows(upstream, acted, plan, how.down_weights)
+    return gate_up_grad, expert_weights_grad, rows_by_rows(upstream, acted, plan, how.down_weights)
 
 
 @experts_down_backward.register_fake
@@ -256,25 +251,47 @@ experts_up.register_autograd(_up_backward, setup_context=_up_context)
 experts_down.register_autograd(_down_backward, setup_context=_down_context)
 
 
-def _rows_by_experts(
+def rows_by_experts_gated(
+    values: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    plan: RoutingPlan,
+    hidden_act: str,
+    config: tuning.ProductConfig,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """act(rows W_gate) * (rows W_up) by the kernel that the config names, and the products with ``save``."""
+    gate_up_proj = _aligned(gate_up_proj)
+    if isinstance(config, HopperConfig):
+        return _hopper("hopper_gemm").rows_by_experts_gated(values, gate_up_proj, plan, config, save=save)
+    return grouped_gemm.rows_by_experts_gated(values, gate_up_proj, plan, hidden_act, config, save=save)
+
+
+def rows_by_experts(
     values: torch.Tensor,
     weights: torch.Tensor,
     plan: RoutingPlan,
     transposed: bool,
     config: tuning.ProductConfig,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Each expert's rows times its weights by the kernel that the config names; ``out`` is allocated where None."""
     weights = _aligned(weights)
     if isinstance(config, HopperConfig):
-        return _hopper("hopper_gemm").rows_by_experts(values, weights, plan, transposed, config)
-    return grouped_gemm.rows_by_experts(values, weights, plan, transposed, config)
+        return _hopper("hopper_gemm").rows_by_experts(values, weights, plan, transposed, config, out)
+    return grouped_gemm.rows_by_experts(values, weights, plan, transposed, config, out)
 
 
-def _rows_by_rows(
-    left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, config: tuning.ProductConfig
+def rows_by_rows(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    plan: RoutingPlan,
+    config: tuning.ProductConfig,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Each expert's sum of outer products by the kernel that the config names; ``out`` is allocated where None."""
     if isinstance(config, HopperConfig):
-        return _hopper("hopper_weights").rows_by_rows(left, right, plan, config)
-    return grouped_gemm.rows_by_rows(left, right, plan, config)
+        return _hopper("hopper_weights").rows_by_rows(left, right, plan, config, out)
+    return grouped_gemm.rows_by_rows(left, right, plan, config, out)
 
 
 def _aligned(weights: torch.Tensor) -> torch.Tensor:
