@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from phi35.cache import KVCache
 from phi35.config import ModelConfig
+from phi35.packed_attention import PackedRows, attend_packed, packed_rows
 from phi35.rope import CosSin, RotaryEmbedding, apply_rotary
+from phi35.sequence_parallel import SequenceParallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class AttentionPlan:
         stored_slots: host-side upper bound of the rows' lengths once the chunk is stored.
         lengths: (B,) tokens per row once the chunk is stored; None without a cache.
         uniform_length: the same on the host where all rows agree.
+        packed: where the samples of packed rows lie; None for one sample a row.
+        sequence_parallel: the processes that share the rows; None: this one has them whole.
     """
 
     cos_sin: CosSin
@@ -40,6 +44,8 @@ class AttentionPlan:
     stored_slots: int = 0
     lengths: torch.Tensor | None = None
     uniform_length: int | None = None
+    packed: PackedRows | None = None
+    sequence_parallel: SequenceParallel | None = None
 
 
 class Attention(nn.Module):
@@ -50,7 +56,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.attention_head_dim
-        self.dropout = config.attention_dropout
+        self.dropout, self.window = config.attention_dropout, config.sliding_window
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
@@ -65,15 +71,23 @@ class Attention(nn.Module):
             cache.write(self.layer, keys, values, plan.slots)
             if plan.num_slots:
                 keys, values = cache.read(self.layer, plan.num_slots)
-        attended = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=plan.mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=plan.is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
+        if plan.sequence_parallel is not None:
+            queries, keys, values = plan.sequence_parallel.to_heads(queries, keys, values)
+        dropout = self.dropout if self.training else 0.0
+        if plan.packed is not None:
+            attended = attend_packed(queries, keys, values, plan.packed, self.window, dropout)
+        else:
+            attended = F.scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                attn_mask=plan.mask,
+                dropout_p=dropout,
+                is_causal=plan.is_causal,
+                enable_gqa=keys.shape[1] != queries.shape[1],
+            )
+        if plan.sequence_parallel is not None:
+            attended = plan.sequence_parallel.to_tokens(attended)
         return self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -85,6 +99,8 @@ def plan_attention(
     position_ids: torch.Tensor | None,
     cache: KVCache | None,
     rope_lengths: torch.Tensor | None,
+    sequence_lengths: torch.Tensor | None = None,
+    sequence_parallel: SequenceParallel | None = None,
 ) -> AttentionPlan:
     """Work out one pass.
 
@@ -97,10 +113,22 @@ def plan_attention(
         position_ids: (B, T) int64, or None for the running count of each row's real tokens.
         cache: keys and values seen before, or None.
         rope_lengths: (B,) int64, the total length each row will have, where it is known to exceed the present one.
+        sequence_lengths: (B, S) int64 lengths of each row's samples, filled up with zeros: attention, positions and
+            LongRoPE's factors are each sample's own; None for one sample a row.
+        sequence_parallel: the s processes that share the rows, of which ``hidden_states`` is this one's stretch;
+            ``sequence_lengths`` describe the whole rows.
 
     Raises:
-        ValueError: for shapes that do not fit, or a row that crosses the original length on cached short-factor keys.
+        ValueError: for shapes that do not fit, a row that crosses the original length on cached short-factor keys, or
+            arguments that packed rows decide themselves.
     """
+    if sequence_lengths is not None or sequence_parallel is not None:
+        if sequence_lengths is None or (position_ids, cache, rope_lengths) != (None, None, None):
+            raise ValueError(
+                "packed rows, and rows that processes share, take sequence_lengths (B, S) and neither position_ids nor "
+                "a cache nor rope_lengths: those follow from the lengths"
+            )
+        return _plan_packed(config, rope, hidden_states, sequence_lengths, sequence_parallel)
     batch, length = hidden_states.shape[:2]
     _check_shapes(batch, length, attention_mask, position_ids, cache, rope_lengths)
     device = hidden_states.device
@@ -125,6 +153,31 @@ def plan_attention(
         mask, is_causal = _chunk_mask(valid, length, config.sliding_window, device)
         return AttentionPlan(cos_sin=cos_sin, mask=mask, is_causal=is_causal)
     return _plan_cached(config, cos_sin, cache, valid, slots, lengths, length)
+
+
+def _plan_packed(
+    config: ModelConfig,
+    rope: RotaryEmbedding,
+    hidden_states: torch.Tensor,
+    sequence_lengths: torch.Tensor,
+    sequence_parallel: SequenceParallel | None,
+) -> AttentionPlan:
+    batch, length = hidden_states.shape[:2]
+    if sequence_parallel is not None:
+        length *= sequence_parallel.size
+    rows = packed_rows(sequence_lengths, batch, length, hidden_states.device)
+    positions, use_long = rows.position_ids(), rope.choose_long(rows.sample_lengths())
+    if sequence_parallel is not None:
+        positions, use_long = sequence_parallel.local(positions), sequence_parallel.local(use_long)
+    window = config.sliding_window
+    is_plain = rows.is_plain and (window is None or length <= window)
+    return AttentionPlan(
+        cos_sin=rope(positions, use_long, hidden_states.dtype),
+        mask=None,
+        is_causal=is_plain and length > 1,
+        packed=None if is_plain else rows,
+        sequence_parallel=sequence_parallel,
+    )
 
 
 def _plan_cached(

@@ -18,8 +18,10 @@ from phi35.config import ModelConfig
 from phi35.language_model_head import LanguageModelHead, loss_from_logits, shift_labels
 from phi35.norm import RMSNorm, build_norm
 from phi35.outputs import CausalLMOutput, RouterOutput
+from phi35.packed_attention import ignore_first_tokens
 from phi35.registry import resolve
 from phi35.rope import RotaryEmbedding
+from phi35.sequence_parallel import SequenceParallel
 
 
 class CausalLM(nn.Module):
@@ -85,6 +87,8 @@ class CausalLM(nn.Module):
         rope_lengths: torch.Tensor | None = None,
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
+        sequence_lengths: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
     ) -> CausalLMOutput:
         """One pass over a chunk of T tokens.
 
@@ -101,11 +105,17 @@ class CausalLM(nn.Module):
             rope_lengths: (B,) int64 total length each row will reach, which chooses its LongRoPE factors.
             logits_to_keep: compute logits for the last n positions alone; 0 for all.
             return_logits: by default True, save in training mode with labels, where they are never held whole.
+            sequence_lengths: (B, S) int64, best on the host: each row holds S samples one after another, of these
+                lengths (zeros fill up, and what they leave of the row is padding). Each sample attends to itself
+                alone, has positions from 0, LongRoPE's factors by its own length, and no label for its first token.
+            targets: (B, T) int64, labels that already stand where they are predicted, in place of ``labels``.
 
         Raises:
             ValueError: for inputs that contradict each other, or an unannounced LongRoPE crossing of a cached row.
         """
         self._check_inputs(input_ids, inputs_embeds, labels, logits_to_keep)
+        if labels is not None:
+            targets = self._aligned(labels, targets, sequence_lengths)
         if past_key_values is not None and not isinstance(past_key_values, KVCache):
             raise ValueError(f"past_key_values must come from new_cache(), got {type(past_key_values).__name__}")
         if past_key_values is None and use_cache:
@@ -121,15 +131,19 @@ class CausalLM(nn.Module):
             pixel_values=pixel_values,
             image_sizes=image_sizes,
             rope_lengths=rope_lengths,
+            sequence_lengths=sequence_lengths,
         )
         if return_logits is None:
-            return_logits = labels is None or not self.training
+            return_logits = targets is None or not self.training
         loss: torch.Tensor | None = None
         logits: torch.Tensor | None = None
         if return_logits:
             logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
-        if labels is not None:
-            targets = shift_labels(labels.to(hidden_states.device))
+        if targets is not None:
+            targets = targets.to(hidden_states.device)
+            if targets.shape != hidden_states.shape[:2]:
+                expected = tuple(hidden_states.shape[:2])
+                raise ValueError(f"targets must be {expected} like the inputs, got {tuple(targets.shape)}")
             if logits is not None and not logits_to_keep:
                 loss = loss_from_logits(logits, targets)
             else:
@@ -188,6 +202,17 @@ class CausalLM(nn.Module):
             if id(parameter) not in done:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
 
+    def _aligned(
+        self, labels: torch.Tensor, targets: torch.Tensor | None, sequence_lengths: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Labels (B, T) moved to the positions that predict them, never from one packed sample to another."""
+        if targets is not None or self.model.sequence_parallel is not None:
+            raise ValueError(
+                "give targets alone where the labels are aligned already, as processes that share rows need them: the "
+                "last token of a stretch predicts the first of the next"
+            )
+        return shift_labels(labels if sequence_lengths is None else ignore_first_tokens(labels, sequence_lengths))
+
     def _check_inputs(
         self,
         input_ids: torch.Tensor | None,
@@ -221,7 +246,13 @@ def _shown(value: Any) -> str:
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm.
+
+    Attributes:
+        gradient_checkpointing: as of ``CausalLM``.
+        sequence_parallel: processes that share each row, or None. Then a pass takes and gives this process's stretch
+            of the tokens, with ``sequence_lengths`` of the whole rows; a model with vision takes whole ``input_ids``.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -232,6 +263,7 @@ class Decoder(nn.Module):
         self.norm = build_norm(config)
         self.rope = RotaryEmbedding(config)
         self.gradient_checkpointing: bool | str = False
+        self.sequence_parallel: SequenceParallel | None = None
 
     def forward(
         self,
@@ -244,6 +276,7 @@ class Decoder(nn.Module):
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         rope_lengths: torch.Tensor | None = None,
+        sequence_lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[RouterOutput, ...]]:
         """Hidden states (B, T, D) after the final norm, and each sparse layer's routing."""
         if inputs_embeds is None:
@@ -251,8 +284,20 @@ class Decoder(nn.Module):
             inputs_embeds = self._embed(input_ids, pixel_values, image_sizes, cached=cache is not None)
         elif pixel_values is not None:
             raise ValueError("pixel_values need input_ids, which say where the features go; inputs_embeds came instead")
+        if self.sequence_parallel is not None and self.vision_embed_tokens is not None:
+            inputs_embeds = self.sequence_parallel.local(inputs_embeds)  # pictures found their place in whole rows
         hidden_states = F.dropout(inputs_embeds, self.config.embd_pdrop, self.training)
-        plan = plan_attention(self.config, self.rope, hidden_states, attention_mask, position_ids, cache, rope_lengths)
+        plan = plan_attention(
+            self.config,
+            self.rope,
+            hidden_states,
+            attention_mask,
+            position_ids,
+            cache,
+            rope_lengths,
+            sequence_lengths,
+            self.sequence_parallel,
+        )
         router_outputs = []
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:

@@ -2,8 +2,8 @@
 
 inv_freq_i = 1 / (factor_i * theta^(2i/d)); cos and sin are multiplied by the attention scaling. The long
 factors serve sequences longer than the original length, the short ones all others, and the choice belongs
-to each row of a batch: published implementations choose once for the whole batch, which changes short rows
-that happen to stand beside a long one.
+to each row of a batch (to each sample of a packed row): published implementations choose once for the whole
+batch, which changes short rows that happen to stand beside a long one.
 """
 
 import torch
@@ -44,7 +44,7 @@ class RotaryEmbedding:
         return self._tables[device]
 
     def choose_long(self, lengths: torch.Tensor) -> torch.Tensor:
-        """Which rows take the long factors: (B,) lengths in tokens -> (B,) bool."""
+        """Which rows, or tokens, take the long factors: lengths in tokens of any shape -> bool."""
         if not self.switches:
             return torch.zeros_like(lengths, dtype=torch.bool)
         return lengths > self.original_length
@@ -54,17 +54,17 @@ class RotaryEmbedding:
 
         Args:
             position_ids: (B, T) int64.
-            use_long: (B,) bool, rows under the long factors.
+            use_long: (B,) bool, rows under the long factors; or (B, T), tokens of samples under them.
             dtype: of the result; the angles are computed in float32.
 
         Returns:
             Two tensors (B, 1, T, d).
         """
         inv_freq, scaling = self.tables(position_ids.device)
-        row = use_long.long()
-        angles = position_ids[:, None, :, None].float() * inv_freq[row][:, None, None, :]
+        row = use_long.long().view(use_long.shape[0], -1)  # (B, 1) or (B, T)
+        angles = position_ids[:, None, :, None].float() * inv_freq[row][:, None]
         angles = torch.cat((angles, angles), dim=-1)
-        row_scaling = scaling[row][:, None, None, None]
+        row_scaling = scaling[row][:, None, :, None]
         return (angles.cos() * row_scaling).to(dtype), (angles.sin() * row_scaling).to(dtype)
 
 
