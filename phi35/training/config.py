@@ -46,11 +46,17 @@ class TrainingConfig:
         adam_epsilon: AdamW's epsilon.
         gradient_clipping: largest global gradient norm; 0 for no clipping.
         dtype: "float32", or "bfloat16" with float32 master weights.
-        zero_stage: 0 to 3.
+        optimizer_dtype: "float32", or "bfloat16" for masters and moments with stochastic rounding (8 bytes a parameter
+            in place of 16; dtype bfloat16 at zero_stage 0).
+        zero_stage: 0 to 3; None: 0 for one process, else 1.
         offload: "none", or "optimizer": master weights and moments in host memory.
         ep_size: ranks that share one set of experts; None: the greatest common divisor of ranks and experts
             (1 for dense models and ZeRO-3).
-        gradient_checkpointing: recompute each layer in the backward pass.
+        gradient_checkpointing: what the backward pass computes again: True for each whole layer, "selective" for what
+            costs no matrix product (norms and activations).
+        kernels: "fused" for Triton kernels where several operations read the same data, "torch" for torch's own;
+            "auto" takes the former on CUDA.
+        compile: each decoder layer and tower block through torch.compile, in place of the fused kernels.
         router_aux_loss_coef: weight of the load-balance loss; None takes the model config's.
         router_z_loss_coef: weight of the router's z-loss.
         router_bias_update_rate: step of the selection bias that balances experts without a loss (arXiv 2408.15664,
@@ -89,10 +95,13 @@ class TrainingConfig:
     adam_epsilon: float = 1e-8
     gradient_clipping: float = 1.0
     dtype: str = "float32"
-    zero_stage: int = 1
+    optimizer_dtype: str = "float32"
+    zero_stage: int | None = None
     offload: str = "none"
     ep_size: int | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False
+    kernels: str = "auto"
+    compile: bool = False
     router_aux_loss_coef: float | None = None
     router_z_loss_coef: float = 0.0
     router_bias_update_rate: float = 0.0
@@ -115,7 +124,7 @@ class TrainingConfig:
     @property
     def is_resolved(self) -> bool:
         """Whether no field is left open."""
-        return None not in (self.micro_batch_size, self.ep_size, self.router_aux_loss_coef)
+        return None not in (self.micro_batch_size, self.zero_stage, self.ep_size, self.router_aux_loss_coef)
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Forward passes of one rank in one optimizer step."""
@@ -143,7 +152,10 @@ class TrainingConfig:
             ValueError: where batch sizes, experts and processes do not divide, all problems at once.
         """
         problems = []
-        micro_batch_size, ep_size = self.micro_batch_size, self.ep_size
+        micro_batch_size, ep_size, zero_stage = self.micro_batch_size, self.ep_size, self.zero_stage
+        if zero_stage is None:
+            # Sharding over one process only copies: the optimizer then works on the gradients where they lie.
+            zero_stage = 0 if world_size == 1 and self.offload == "none" else 1
         if micro_batch_size is None:
             micro_batch_size = max(1, self.global_batch_size // world_size)
         if self.global_batch_size % (micro_batch_size * world_size):
@@ -152,7 +164,7 @@ class TrainingConfig:
                 f"({micro_batch_size} x {world_size})"
             )
         if ep_size is None:
-            ep_size = math.gcd(world_size, num_experts) if num_experts and self.zero_stage < 3 else 1
+            ep_size = math.gcd(world_size, num_experts) if num_experts and zero_stage < 3 else 1
         if self.router_bias_update_rate and not num_experts:
             problems.append(f"router_bias_update_rate balances experts; {self.model!r} is dense")
         if ep_size > 1 and not num_experts:
@@ -161,17 +173,19 @@ class TrainingConfig:
             problems.append(
                 f"ep_size ({ep_size}) must divide both processes ({world_size}) and experts ({num_experts})"
             )
-        if ep_size > 1 and self.zero_stage == 3:
+        if ep_size > 1 and zero_stage == 3:
             problems.append("expert parallelism runs with zero_stage 0 to 2; set zero_stage=2 or ep_size=1")
-        if num_experts and self.dtype == "bfloat16" and self.zero_stage == 0:
-            problems.append(
-                "sparse models in bfloat16 need zero_stage 1 to 3: at stage 0 weights stay float32 under autocast"
-            )
+        if self.optimizer_dtype == "bfloat16" and zero_stage > 0:
+            problems.append(f"optimizer_dtype='bfloat16' needs zero_stage=0, which {zero_stage} is not")
         if problems:
             raise ValueError("training config does not fit this run: " + "; ".join(problems))
         aux = self.router_aux_loss_coef if self.router_aux_loss_coef is not None else router_aux_loss_coef
         return dataclasses.replace(
-            self, micro_batch_size=micro_batch_size, ep_size=ep_size, router_aux_loss_coef=aux if num_experts else 0.0
+            self,
+            micro_batch_size=micro_batch_size,
+            zero_stage=zero_stage,
+            ep_size=ep_size,
+            router_aux_loss_coef=aux if num_experts else 0.0,
         )
 
     def to_dict(self) -> dict[str, Any]:

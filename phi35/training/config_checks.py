@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 OFFLOADS = ("none", "optimizer")
+KERNELS = ("auto", "torch", "fused")
 PARTS = ("embeddings", "decoder", "router", "experts", "tower", "projector")
 """Groups of parameters that can have a learning rate of their own, or be frozen."""
 
@@ -40,12 +41,24 @@ def value_problems(config: "TrainingConfig") -> Iterator[str]:
 
 
 def _choice_problems(config: "TrainingConfig") -> Iterator[str]:
-    choices = {"schedule": SCHEDULES, "dtype": DTYPES, "offload": OFFLOADS, "zero_stage": (0, 1, 2, 3)}
+    choices: dict[str, tuple[object, ...]] = {
+        "schedule": SCHEDULES,
+        "dtype": DTYPES,
+        "optimizer_dtype": DTYPES,
+        "offload": OFFLOADS,
+        "zero_stage": (None, 0, 1, 2, 3),
+        "gradient_checkpointing": (False, True, "selective"),
+        "kernels": KERNELS,
+    }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             yield f"{name} must be one of {allowed}, got {getattr(config, name)!r}"
     if config.offload != "none" and config.zero_stage == 0:
         yield "offload='optimizer' needs zero_stage 1 to 3"
+    if config.optimizer_dtype == "bfloat16" and config.dtype != "bfloat16":
+        yield f"optimizer_dtype='bfloat16' needs dtype='bfloat16', got {config.dtype!r}"
+    if config.compile and config.kernels == "fused":
+        yield "compile=true makes kernels of its own: leave kernels 'auto' or 'torch'"
 
 
 def _number_problems(config: "TrainingConfig") -> Iterator[str]:

@@ -24,7 +24,6 @@ KNOWN_KEYS = {
     "zero_force_ds_cpu_optimizer",
     "bf16",
     "data_types",
-    "torch_autocast",
     "zero_optimization",
     "communication_data_type",
     "use_data_before_expert_parallelism",
@@ -40,8 +39,8 @@ KNOWN_KEYS = {
 def to_deepspeed(config: TrainingConfig, world_size: int, device_type: str = "cpu") -> dict[str, Any]:
     """DeepSpeed's config of a resolved training config.
 
-    bfloat16 at stage 0 runs under autocast with float32 weights; at stages 1 to 3 the weights are bfloat16 and
-    gradients are accumulated, and masters and moments kept, in float32.
+    In bfloat16 the weights are bfloat16, and gradients are accumulated, and masters and moments kept, in float32: by
+    DeepSpeed at stages 1 to 3, by our own optimizer at stage 0 (see ``handed_over``).
 
     Args:
         config: resolved for ``world_size``.
@@ -61,10 +60,9 @@ def to_deepspeed(config: TrainingConfig, world_size: int, device_type: str = "cp
         "zero_allow_untested_optimizer": True,
         "zero_optimization": _zero(config, device_type),
     }
-    if bfloat16 and config.zero_stage == 0:
-        rendered["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    elif bfloat16:
+    if bfloat16:
         rendered["bf16"] = {"enabled": True}
+    if bfloat16 and config.zero_stage != 0:
         rendered["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.ep_size is not None and config.ep_size > 1:
         rendered["use_data_before_expert_parallelism"] = False
@@ -73,7 +71,19 @@ def to_deepspeed(config: TrainingConfig, world_size: int, device_type: str = "cp
     return rendered
 
 
+def handed_over(rendered: dict[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed is given of a rendered config.
+
+    At stage 0 all but "bf16": the weights are bfloat16 already, and DeepSpeed would wrap the optimizer that keeps
+    their masters in one of its own that copies every gradient.
+    """
+    if rendered["zero_optimization"]["stage"] != 0:
+        return rendered
+    return {key: value for key, value in rendered.items() if key != "bf16"}
+
+
 def _zero(config: TrainingConfig, device_type: str) -> dict[str, Any]:
+    assert config.zero_stage is not None
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage == 0:
         return zero
@@ -113,7 +123,7 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"DeepSpeed config {str(path)!r} is not JSON: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"DeepSpeed config {str(path)!r} must hold a JSON object, got {type(given).__name__}")
-    for section in ("zero_optimization", "bf16", "torch_autocast"):
+    for section in ("zero_optimization", "bf16"):
         if not isinstance(given.get(section, {}), dict):
             raise ValueError(f"DeepSpeed config {str(path)!r}: {section} must be an object, got {given[section]!r}")
     unknown = sorted(set(given) - KNOWN_KEYS)
@@ -133,7 +143,7 @@ def config_fields(given: dict[str, Any]) -> dict[str, Any]:
         fields["zero_stage"] = zero["stage"]
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         fields["offload"] = "optimizer"
-    if given.get("bf16", {}).get("enabled") or given.get("torch_autocast", {}).get("enabled"):
+    if given.get("bf16", {}).get("enabled"):
         fields["dtype"] = "bfloat16"
     renamed = {
         "train_batch_size": "global_batch_size",
@@ -167,9 +177,8 @@ def merge(rendered: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         return combined
 
     merged = combine(rendered, given, "")
-    for section in ("bf16", "torch_autocast"):
-        if given.get(section, {}).get("enabled") and section not in rendered:
-            conflicts.append(f"{section}: enabled in the file, but the training config asks for another dtype or stage")
+    if given.get("bf16", {}).get("enabled") and "bf16" not in rendered:
+        conflicts.append("bf16: enabled in the file, but the training config asks for another dtype")
     if given.get("zero_optimization", {}).get("offload_optimizer") and "offload_optimizer" not in _section(rendered):
         conflicts.append("zero_optimization.offload_optimizer: the training config says offload='none'")
     if conflicts:

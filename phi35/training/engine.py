@@ -10,11 +10,12 @@ from torch import distributed, nn
 
 from phi35.outputs import CausalLMOutput
 from phi35.registry import resolve
+from phi35.training.acceleration import accelerate, fast_attention
 from phi35.training.config import TrainingConfig
-from phi35.training.deepspeed_config import merge, to_deepspeed
+from phi35.training.deepspeed_config import handed_over, merge, to_deepspeed
 from phi35.training.environment import Environment
 from phi35.training.loss import auxiliary_losses
-from phi35.training.parameter_groups import parameter_groups
+from phi35.training.mixed_precision import MixedPrecisionAdamW, build_optimizer
 from phi35.training.routing import BiasBalancer
 from phi35.training.schedule import learning_rate_factor
 
@@ -63,19 +64,18 @@ class Engine:
         if deepspeed_file:
             self.deepspeed_config = merge(self.deepspeed_config, deepspeed_file)
         model.to(environment.device)
-        if config.gradient_checkpointing:
-            _checkpoint_layers(model)
-        groups = parameter_groups(model, config)
-        optimizer = torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_epsilon, fused=True
-        )
+        accelerate(model, config, environment.device)
+        optimizer = build_optimizer(model, config, environment.world_size)
         if config.zero_stage == 3:
             _gather_whole_sparse_layers(model)
         # A tuple is what DeepSpeed looks into for the tensors whose gradients announce the backward pass.
         model.register_forward_hook(lambda module, inputs, output: (output.loss, output))
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory reports that nobody asked for
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=self.deepspeed_config, dist_init_required=False
+                model=model,
+                optimizer=optimizer,
+                config=handed_over(self.deepspeed_config),
+                dist_init_required=False,
             )
         self.base_optimizer = optimizer
         if config.zero_stage == 0:
@@ -122,7 +122,8 @@ class Engine:
         auxiliary: dict[str, torch.Tensor] = {}
         outputs = []
         for batch, tokens in zip(batches, num_tokens, strict=True):
-            _, output = self.deepspeed(**batch)
+            with fast_attention(self.environment.device):
+                _, output = self.deepspeed(**batch)
             share = output.loss * (tokens / global_num_tokens)
             # DeepSpeed averages gradients over ranks, so that the ranks' shares need the factor to add up.
             objective = share * world_size
@@ -153,7 +154,10 @@ class Engine:
         norm = global_gradient_norm(parameters)
         self.deepspeed._global_grad_norm = norm
         factor = (self.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
+        if isinstance(self.base_optimizer, MixedPrecisionAdamW):
+            self.base_optimizer.gradient_factor = factor  # multiplied where the update reads them anyway
+        else:
+            torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
 
 
 def _gather_whole_sparse_layers(model: Any) -> None:
@@ -163,13 +167,6 @@ def _gather_whole_sparse_layers(model: Any) -> None:
     classes = {type(model.model.layers[layer].mlp) for layer in model.config.sparse_layers}
     if classes:
         set_z3_leaf_modules(model, list(classes))
-
-
-def _checkpoint_layers(model: Any) -> None:
-    model.gradient_checkpointing = True
-    embedding = model.model.vision_embed_tokens
-    if embedding is not None:
-        embedding.img_processor.gradient_checkpointing = True
 
 
 def shard_experts(model: nn.Module, config: TrainingConfig) -> None:
@@ -184,17 +181,23 @@ def global_gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
     Args:
         parameters: with gradients; expert-parallel ones carry ``allreduce=False`` and ``group_name``.
     """
-    dense = [parameter.grad for parameter in parameters if getattr(parameter, "allreduce", True)]
-    squares = torch.nn.utils.get_total_norm([grad for grad in dense if grad is not None]).float().square()
+    squares = _squares([parameter for parameter in parameters if getattr(parameter, "allreduce", True)])
     experts = [parameter for parameter in parameters if not getattr(parameter, "allreduce", True)]
     for name in sorted({parameter.group_name for parameter in experts}):  # type: ignore[attr-defined]
         from deepspeed.utils import groups
 
-        mine = [parameter.grad for parameter in experts if parameter.group_name == name]  # type: ignore[attr-defined]
-        local = torch.nn.utils.get_total_norm([grad for grad in mine if grad is not None]).float().square()
+        local = _squares([parameter for parameter in experts if parameter.group_name == name])  # type: ignore[attr-defined]
         distributed.all_reduce(local, group=groups._get_expert_parallel_group(name))
         squares = squares + local
     return squares.sqrt()
+
+
+def _squares(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Sum of the squares of all gradients; float32 from the start, where a norm of bfloat16 would be rounded to it."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return parameters[0].new_zeros((), dtype=torch.float32)
+    return torch.stack(torch._foreach_norm(grads, 2.0, torch.float32)).square().sum()
 
 
 def _detached(output: CausalLMOutput) -> CausalLMOutput:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from phi35.training.engine import Engine
+from phi35.training.mixed_precision import MixedPrecisionAdamW
 
 PARAMETER, FIRST_MOMENT, SECOND_MOMENT = "parameter", "exp_avg", "exp_avg_sq"
 MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
@@ -27,7 +28,7 @@ class OptimizerState:
         self.engine = engine
         self.zero, self.base = engine.optimizer, engine.base_optimizer
         self.stage = engine.config.zero_stage
-        self.has_masters = engine.config.dtype == "bfloat16" and self.stage > 0
+        self.has_masters = engine.config.dtype == "bfloat16"
         if self.num_steps:
             self._link()
 
@@ -52,6 +53,8 @@ class OptimizerState:
         if not parameter.requires_grad:
             assert kind == PARAMETER, "frozen parameters have no moments"
             return self._frozen(parameter)
+        if isinstance(self.base, MixedPrecisionAdamW):
+            return (self.base.value(parameter) if kind == PARAMETER else self.base.state[parameter][kind]).float()
         if self.stage == 0:
             return parameter.detach() if kind == PARAMETER else self.base.state[parameter][kind]
         if kind == PARAMETER:
@@ -64,6 +67,9 @@ class OptimizerState:
     def allocate_moments(self, num_steps: int) -> None:
         """Gives Adam zero moments and a step count, as if it had made ``num_steps`` updates."""
         for flat in self._flat_parameters():
+            if isinstance(self.base, MixedPrecisionAdamW):
+                self.base.allocate_moments(flat, num_steps)
+                continue
             self.base.state[flat] = {
                 "step": torch.tensor(float(num_steps), dtype=torch.float32, device=flat.device),
                 **{kind: torch.zeros_like(flat, memory_format=torch.preserve_format) for kind in MOMENTS},
@@ -81,7 +87,9 @@ class OptimizerState:
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        if self.stage == 0:
+        if kind == PARAMETER and isinstance(self.base, MixedPrecisionAdamW):
+            self.base.set_value(parameter, value)
+        elif self.stage == 0:
             (parameter if kind == PARAMETER else self.base.state[parameter][kind]).copy_(value)
         elif self.stage == 3:
             self._write_partition(parameter, kind, value)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from phi35.training.config import TrainingConfig, read_config
-from phi35.training.deepspeed_config import config_fields, merge, read_deepspeed_file, to_deepspeed
+from phi35.training.deepspeed_config import config_fields, handed_over, merge, read_deepspeed_file, to_deepspeed
 
 READY = sorted((Path(__file__).resolve().parents[2] / "deepspeed_configs").glob("*.json"))
 
@@ -66,7 +66,8 @@ def test_resolve_fills_open_fields():
         ({"ep_size": 2}, 2, 0, "dense"),
         ({"ep_size": 3, "global_batch_size": 6}, 3, 16, "must divide"),
         ({"ep_size": 2, "zero_stage": 3}, 2, 4, "zero_stage"),
-        ({"zero_stage": 0, "dtype": "bfloat16"}, 1, 4, "bfloat16"),
+        ({"zero_stage": 1, "dtype": "bfloat16", "optimizer_dtype": "bfloat16"}, 1, 0, "zero_stage=0"),
+        ({"dtype": "bfloat16", "optimizer_dtype": "bfloat16"}, 2, 0, "zero_stage=0"),
     ],
 )
 def test_what_does_not_fit_the_processes_is_named(changes, world_size, experts, message):
@@ -83,7 +84,7 @@ def test_rendered_dict_is_whole_and_accepted_by_deepspeed(stage, dtype):
     rendered = to_deepspeed(config.resolve(world_size=1), 1)
     assert '"auto"' not in json.dumps(rendered)
     assert rendered["gradient_accumulation_steps"] == 4
-    parsed = DeepSpeedConfig(rendered)
+    parsed = DeepSpeedConfig(handed_over(rendered))
     assert parsed.zero_config.stage == stage and parsed.train_batch_size == 12
     assert parsed.gradient_clipping == config.gradient_clipping
     assert parsed.bfloat16_config.enabled == (dtype == "bfloat16" and stage > 0)
