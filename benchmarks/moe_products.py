@@ -64,7 +64,7 @@ def draw(
 ) -> tuple[RoutingPlan, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A plan and sorted rows of widths D, F and 2F; empty rows are zeros."""
     indices, _ = moe_layer.draw_routing(shape, tokens, skew, device)
-    plan = plan_routing(indices, shape.num_experts, grouped_gemm.TILE_ROWS)
+    plan = plan_routing(indices, shape.num_experts, grouped_gemm.HALF_ROWS)
     wide = [
         rows.gather_rows(torch.randn(tokens, width, device=device, dtype=dtype), plan, shape.top_k)
         for width in (shape.hidden, shape.ffn, 2 * shape.ffn)
@@ -121,15 +121,16 @@ def products(
                 left, w, plan, t, hopper
             )
     for name, left, right, flops in sums:
+        sum_out = torch.empty((shape.num_experts, left.shape[1], right.shape[1]), dtype=left.dtype, device=left.device)
         one = add(
             name,
             flops,
             lambda left=left, right=right: grouped(left.t(), right, offs=ends),  # type: ignore[misc]
-            lambda left=left, right=right: g.rows_by_rows(left, right, plan, triton),  # type: ignore[misc]
+            lambda left=left, right=right, out=sum_out: g.rows_by_rows(left, right, plan, triton, out),  # type: ignore[misc]
         )
         if gpu:
-            one["hopper"] = lambda left=left, right=right: hopper_weights.rows_by_rows(  # type: ignore[misc]
-                left, right, plan, hopper
+            one["hopper"] = lambda left=left, right=right, out=sum_out: hopper_weights.rows_by_rows(  # type: ignore[misc]
+                left, right, plan, hopper, out
             )
     return found
 

@@ -74,7 +74,7 @@ def triton_kernels(
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if not save and hidden_states.shape[0] <= decode.MAX_TOKENS:
         return ops.experts_decode(hidden_states, expert_indices, expert_weights, gate_up_proj, down_proj, hidden_act)
-    acted, gate_up, _, plan = ops.experts_up(hidden_states, expert_indices, gate_up_proj, hidden_act, save)
+    acted, gate_up, plan = ops.experts_up(hidden_states, expert_indices, gate_up_proj, hidden_act, save)
     return ops.experts_down(acted, gate_up, expert_weights, down_proj, plan, hidden_act)
 
 

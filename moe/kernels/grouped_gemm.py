@@ -2,7 +2,8 @@
 
 ``rows_by_experts`` is the product of each expert's rows with its weights (forward, and gradients of rows);
 ``rows_by_rows`` sums over an expert's rows (gradients of weights). Float32 accumulation. Rows lie as
-``moe.kernels.routing`` places them: a tile of ``align`` rows has one expert.
+``moe.kernels.routing`` places them: a tile has one expert and ``TILE_ROWS`` rows, or half of them where the expert's
+rows end, and half a tile costs half the work.
 """
 
 import functools
@@ -17,6 +18,7 @@ from moe.kernels.routing import RoutingPlan
 from moe.kernels.rows import activate
 
 TILE_ROWS = 128
+HALF_ROWS = TILE_ROWS // 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def rows_by_experts(
     Args:
         rows: (P, K).
         weights: (E, M, K) with ``transposed``, else (E, K, M).
-        plan: with ``align`` = TILE_ROWS.
+        plan: with ``align`` = HALF_ROWS.
         transposed: multiply by the transposed weights of each expert.
         config: tiles.
         out: contiguous (P, M) to write to; None allocates it.
@@ -72,16 +74,19 @@ def rows_by_experts(
     block_n = min(config.block_n, triton.next_power_of_2(columns))
     weight_block = [1, block_n, config.block_k] if transposed else [1, config.block_k, block_n]
     _rows_by_experts_kernel[(programs,)](
-        TensorDescriptor.from_tensor(rows, [plan.align, config.block_k]),
+        TensorDescriptor.from_tensor(rows, [TILE_ROWS, config.block_k]),
+        TensorDescriptor.from_tensor(rows, [HALF_ROWS, config.block_k]),
         TensorDescriptor.from_tensor(weights, weight_block),
-        TensorDescriptor.from_tensor(out, [plan.align, block_n]),
+        TensorDescriptor.from_tensor(out, [TILE_ROWS, block_n]),
+        out,
+        plan.tile_starts,
         plan.tile_experts,
         plan.starts,
         num_experts,
         columns,
         depth,
         TRANSPOSED=transposed,
-        BLOCK_M=plan.align,
+        BLOCK_M=TILE_ROWS,
         BLOCK_N=block_n,
         BLOCK_K=config.block_k,
         GROUP=config.group,
@@ -101,7 +106,7 @@ def rows_by_experts_gated(
     Args:
         rows: (P, D).
         gate_up_proj: (E, 2F, D), gate first.
-        plan: with ``align`` = TILE_ROWS.
+        plan: with ``align`` = HALF_ROWS.
         hidden_act: "silu" or "gelu".
         config: tiles; half of ``block_n`` columns are gate, half up.
         save: also return the products, which the backward pass needs.
@@ -116,10 +121,14 @@ def rows_by_experts_gated(
     half = min(config.block_n // 2, triton.next_power_of_2(width))
     programs = num_programs(rows.device) * config.waves
     _rows_by_experts_gated_kernel[(programs,)](
-        TensorDescriptor.from_tensor(rows, [plan.align, config.block_k]),
+        TensorDescriptor.from_tensor(rows, [TILE_ROWS, config.block_k]),
+        TensorDescriptor.from_tensor(rows, [HALF_ROWS, config.block_k]),
         TensorDescriptor.from_tensor(gate_up_proj.view(num_experts, 2, width, depth), [1, 2, half, config.block_k]),
-        TensorDescriptor.from_tensor(out, [plan.align, half]),
-        TensorDescriptor.from_tensor(gate_up.view(-1, 2, width), [plan.align, 1, half]),
+        TensorDescriptor.from_tensor(out, [TILE_ROWS, half]),
+        out,
+        TensorDescriptor.from_tensor(gate_up.view(-1, 2, width), [TILE_ROWS, 1, half]),
+        gate_up,
+        plan.tile_starts,
         plan.tile_experts,
         plan.starts,
         num_experts,
@@ -127,7 +136,7 @@ def rows_by_experts_gated(
         depth,
         ACT=hidden_act,
         SAVE=save,
-        BLOCK_M=plan.align,
+        BLOCK_M=TILE_ROWS,
         HALF_N=half,
         BLOCK_K=config.block_k,
         GROUP=config.group,
@@ -148,7 +157,7 @@ def rows_by_rows(
 ) -> torch.Tensor:
     """Per expert, the sum over its rows of left^T right: (P, M), (P, C) -> (E, M, C), in ``out`` where given.
 
-    An expert without rows gets zeros.
+    ``out`` may be a strip of a wider tensor's columns. An expert without rows gets zeros.
     """
     num_experts = plan.counts.shape[0]
     height, columns = left.shape[1], right.shape[1]
@@ -190,23 +199,62 @@ def num_programs(device: torch.device) -> int:
 
 
 @triton.jit
-def _tile_of(work, tile_experts, starts, num_n, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Expert, first row and column tile of a work item: row tiles of one expert in groups, swept over the columns."""
+def _tile_of(work, tile_starts, tile_experts, starts, num_n, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Expert, first row and column tile of a work item, and whether the tile is whole.
+
+    Row tiles of one expert come in groups that are swept over the columns.
+    """
     expert = tl.load(tile_experts + work // num_n)
-    first = tl.load(starts + expert) // BLOCK_M
-    tiles = tl.load(starts + expert + 1) // BLOCK_M - first
+    first = tl.load(tile_starts + expert)
+    tiles = tl.load(tile_starts + expert + 1) - first
     local = work - first * num_n
     group = local // (GROUP * num_n)
     size = tl.minimum(tiles - group * GROUP, GROUP)
     within = local - group * (GROUP * num_n)
-    return expert, (first + group * GROUP + within % size) * BLOCK_M, within // size
+    row = tl.load(starts + expert) + (group * GROUP + within % size) * BLOCK_M
+    return expert, row, within // size, row + BLOCK_M // 2 < tl.load(starts + expert + 1)
+
+
+@triton.jit
+def _store(pointer, value, row, column, columns, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of a matrix, without a descriptor: its buffer would stand beside the whole tile's in shared memory."""
+    at = column + tl.arange(0, WIDTH)
+    place = (row + tl.arange(0, HEIGHT)).to(tl.int64)[:, None] * stride + at[None, :]
+    tl.store(pointer + place, value.to(pointer.dtype.element_ty), mask=(at < columns)[None, :])
+
+
+@triton.jit
+def _product_tile(  # type: ignore[no-untyped-def]
+    rows,
+    weights,
+    expert,
+    row,
+    column,
+    depth,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        left = rows.load([row, k])
+        if TRANSPOSED:
+            right = weights.load([expert, column, k]).reshape(BLOCK_N, BLOCK_K).T
+        else:
+            right = weights.load([expert, k, column]).reshape(BLOCK_K, BLOCK_N)
+        total = tl.dot(left, right, total)
+    return total
 
 
 @triton.jit
 def _rows_by_experts_kernel(  # type: ignore[no-untyped-def]
     rows,
+    half_rows,
     weights,
     out,
+    half_out,
+    tile_starts,
     tile_experts,
     starts,
     num_experts,
@@ -221,27 +269,51 @@ def _rows_by_experts_kernel(  # type: ignore[no-untyped-def]
     FLATTEN: tl.constexpr,
 ):
     num_n = tl.cdiv(columns, BLOCK_N)
-    num_work = tl.load(starts + num_experts) // BLOCK_M * num_n
+    num_work = tl.load(tile_starts + num_experts) * num_n
     for work in tl.range(tl.program_id(0), num_work, PROGRAMS, flatten=FLATTEN):
-        expert, row, tile_n = _tile_of(work, tile_experts, starts, num_n, BLOCK_M, GROUP)
+        expert, row, tile_n, whole = _tile_of(work, tile_starts, tile_experts, starts, num_n, BLOCK_M, GROUP)
         column = tile_n * BLOCK_N
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, depth, BLOCK_K):
-            left = rows.load([row, k])
-            if TRANSPOSED:
-                right = weights.load([expert, column, k]).reshape(BLOCK_N, BLOCK_K).T
-            else:
-                right = weights.load([expert, k, column]).reshape(BLOCK_K, BLOCK_N)
-            total = tl.dot(left, right, total)
-        out.store([row, column], total.to(out.dtype))
+        if whole:
+            total = _product_tile(rows, weights, expert, row, column, depth, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K)
+            out.store([row, column], total.to(out.dtype))
+        else:
+            half = _product_tile(
+                half_rows, weights, expert, row, column, depth, TRANSPOSED, BLOCK_M // 2, BLOCK_N, BLOCK_K
+            )
+            _store(half_out, half, row, column, columns, columns, BLOCK_M // 2, BLOCK_N)
+
+
+@triton.jit
+def _gated_tile(  # type: ignore[no-untyped-def]
+    rows,
+    weights,
+    expert,
+    row,
+    column,
+    depth,
+    BLOCK_M: tl.constexpr,
+    HALF_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    total = tl.zeros((BLOCK_M, 2 * HALF_N), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        left = rows.load([row, k])
+        # One box holds the gate's rows and, HALF_N further down, the matching rows of up.
+        right = weights.load([expert, 0, column, k]).reshape(2 * HALF_N, BLOCK_K).T
+        total = tl.dot(left, right, total)
+    return total.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1).split()
 
 
 @triton.jit
 def _rows_by_experts_gated_kernel(  # type: ignore[no-untyped-def]
     rows,
+    half_rows,
     weights,
     out,
+    half_out,
     gate_up,
+    half_gate_up,
+    tile_starts,
     tile_experts,
     starts,
     num_experts,
@@ -257,24 +329,28 @@ def _rows_by_experts_gated_kernel(  # type: ignore[no-untyped-def]
     FLATTEN: tl.constexpr,
 ):
     num_n = tl.cdiv(width, HALF_N)
-    num_work = tl.load(starts + num_experts) // BLOCK_M * num_n
+    num_work = tl.load(tile_starts + num_experts) * num_n
     for work in tl.range(tl.program_id(0), num_work, PROGRAMS, flatten=FLATTEN):
-        expert, row, tile_n = _tile_of(work, tile_experts, starts, num_n, BLOCK_M, GROUP)
+        expert, row, tile_n, whole = _tile_of(work, tile_starts, tile_experts, starts, num_n, BLOCK_M, GROUP)
         column = tile_n * HALF_N
-        total = tl.zeros((BLOCK_M, 2 * HALF_N), tl.float32)
-        for k in range(0, depth, BLOCK_K):
-            left = rows.load([row, k])
-            # One box holds the gate's rows and, HALF_N further down, the matching rows of up.
-            right = weights.load([expert, 0, column, k]).reshape(2 * HALF_N, BLOCK_K).T
-            total = tl.dot(left, right, total)
-        gate, up = total.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1).split()
-        if SAVE:
-            gate_up.store([row, 0, column], gate.to(out.dtype).reshape(BLOCK_M, 1, HALF_N))
-            gate_up.store([row, 1, column], up.to(out.dtype).reshape(BLOCK_M, 1, HALF_N))
-            # What backward reads is rounded; gating the same values keeps the two passes consistent.
-            gate = gate.to(out.dtype).to(tl.float32)
-            up = up.to(out.dtype).to(tl.float32)
-        out.store([row, column], (activate(gate, ACT) * up).to(out.dtype))
+        # What backward reads is rounded; gating the same values keeps the two passes consistent.
+        kind = out.dtype
+        if whole:
+            gate, up = _gated_tile(rows, weights, expert, row, column, depth, BLOCK_M, HALF_N, BLOCK_K)
+            if SAVE:
+                gate_up.store([row, 0, column], gate.to(kind).reshape(BLOCK_M, 1, HALF_N))
+                gate_up.store([row, 1, column], up.to(kind).reshape(BLOCK_M, 1, HALF_N))
+                gate = gate.to(kind).to(tl.float32)
+                up = up.to(kind).to(tl.float32)
+            out.store([row, column], (activate(gate, ACT) * up).to(kind))
+        else:
+            low, high = _gated_tile(half_rows, weights, expert, row, column, depth, BLOCK_M // 2, HALF_N, BLOCK_K)
+            if SAVE:
+                _store(half_gate_up, low, row, column, width, 2 * width, BLOCK_M // 2, HALF_N)
+                _store(half_gate_up + width, high, row, column, width, 2 * width, BLOCK_M // 2, HALF_N)
+                low = low.to(kind).to(tl.float32)
+                high = high.to(kind).to(tl.float32)
+            _store(half_out, activate(low, ACT) * high, row, column, width, width, BLOCK_M // 2, HALF_N)
 
 
 @triton.jit

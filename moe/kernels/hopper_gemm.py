@@ -13,15 +13,13 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moe.kernels.grouped_gemm import TILE_ROWS, num_programs
+from moe.kernels.grouped_gemm import HALF_ROWS, num_programs
 from moe.kernels.hopper_config import BLOCK_K, HopperConfig
 from moe.kernels.routing import RoutingPlan
 
 # Renamed between Triton releases.
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-HALF_M = TILE_ROWS // 2
 
 
 def rows_by_experts(
@@ -41,13 +39,13 @@ def rows_by_experts(
     block_n = config.block_n
     programs = num_programs(rows.device) * config.waves
     _rows_by_experts_kernel[(programs,)](
-        descriptor(rows, HALF_M, BLOCK_K),
+        descriptor(rows, HALF_ROWS, BLOCK_K),
         descriptor(flat, *((block_n, BLOCK_K) if transposed else (BLOCK_K, block_n))),
-        descriptor(out, HALF_M, block_n),
-        descriptor(out, HALF_M, block_n),
+        descriptor(out, HALF_ROWS, block_n),
+        descriptor(out, HALF_ROWS, block_n),
+        plan.tile_starts,
         plan.tile_experts,
         plan.starts,
-        plan.counts,
         num_experts,
         columns,
         depth,
@@ -75,13 +73,13 @@ def rows_by_experts_gated(
     half = config.block_n // 2
     programs = num_programs(rows.device) * config.waves
     _rows_by_experts_kernel[(programs,)](
-        descriptor(rows, HALF_M, BLOCK_K),
+        descriptor(rows, HALF_ROWS, BLOCK_K),
         descriptor(flat, half, BLOCK_K),
-        descriptor(out, HALF_M, half),
-        descriptor(gate_up, HALF_M, half),
+        descriptor(out, HALF_ROWS, half),
+        descriptor(gate_up, HALF_ROWS, half),
+        plan.tile_starts,
         plan.tile_experts,
         plan.starts,
-        plan.counts,
         num_experts,
         width,
         depth,
@@ -103,18 +101,17 @@ def descriptor(matrix: torch.Tensor, height: int, width: int) -> TensorDescripto
 
 
 @gluon.jit
-def _tile_of(work, tile_experts, starts, counts, num_n, BLOCK_M: gl.constexpr, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Expert, first row and column tile of a work item, and whether the tile's upper half has any real row."""
+def _tile_of(work, tile_starts, tile_experts, starts, num_n, BLOCK_M: gl.constexpr, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Expert, first row and column tile of a work item, and whether the tile is whole."""
     expert = gl.load(tile_experts + work // num_n)
-    begin = gl.load(starts + expert)
-    first = begin // BLOCK_M
-    tiles = gl.load(starts + expert + 1) // BLOCK_M - first
+    first = gl.load(tile_starts + expert)
+    tiles = gl.load(tile_starts + expert + 1) - first
     local = work - first * num_n
     group = local // (GROUP * num_n)
     size = gl.minimum(tiles - group * GROUP, GROUP)
     within = local - group * (GROUP * num_n)
-    row = (first + group * GROUP + within % size) * BLOCK_M
-    return expert, row, within // size, row + BLOCK_M // 2 < begin + gl.load(counts + expert)
+    row = gl.load(starts + expert) + (group * GROUP + within % size) * BLOCK_M
+    return expert, row, within // size, row + BLOCK_M // 2 < gl.load(starts + expert + 1)
 
 
 @gluon.jit
@@ -135,9 +132,9 @@ def _rows_producer(  # type: ignore[no-untyped-def]
     wide,
     ready,
     empty,
+    tile_starts,
     tile_experts,
     starts,
-    counts,
     num_experts,
     columns,
     depth,
@@ -153,11 +150,11 @@ def _rows_producer(  # type: ignore[no-untyped-def]
     HALF_BYTES: gl.constexpr = rows.block_type.nbytes
     WIDE_BYTES: gl.constexpr = wide.shape[1] * wide.shape[2] * 2
     num_n = (columns + BLOCK_N - 1) // BLOCK_N
-    num_work = gl.load(starts + num_experts) // BLOCK_M * num_n
+    num_work = gl.load(tile_starts + num_experts) * num_n
     stage = 0
     phase = 1
     for work in range(gl.program_id(0), num_work, PROGRAMS):
-        expert, row, tile_n, both = _tile_of(work, tile_experts, starts, counts, num_n, BLOCK_M, GROUP)
+        expert, row, tile_n, both = _tile_of(work, tile_starts, tile_experts, starts, num_n, BLOCK_M, GROUP)
         column = tile_n * BLOCK_N
         for k in range(0, depth, BLOCK_K):
             bar = ready.index(stage)
@@ -189,9 +186,9 @@ def _rows_consumer(  # type: ignore[no-untyped-def]
     staging,
     out,
     gate_up,
+    tile_starts,
     tile_experts,
     starts,
-    counts,
     num_experts,
     columns,
     depth,
@@ -210,16 +207,16 @@ def _rows_consumer(  # type: ignore[no-untyped-def]
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
     )
     num_n = (columns + BLOCK_N - 1) // BLOCK_N
-    num_work = gl.load(starts + num_experts) // (2 * HALF) * num_n
+    num_work = gl.load(tile_starts + num_experts) * num_n
     stage = 0
     phase = 0
     for work in range(gl.program_id(0), num_work, PROGRAMS):
-        expert, row, tile_n, both = _tile_of(work, tile_experts, starts, counts, num_n, 2 * HALF, GROUP)
+        expert, row, tile_n, both = _tile_of(work, tile_starts, tile_experts, starts, num_n, 2 * HALF, GROUP)
         column = tile_n * BLOCK_N
-        total = gl.zeros([HALF, BLOCK_N], gl.float32, layout)
-        if GATED:
-            other = gl.zeros([HALF, BLOCK_N], gl.float32, layout)
         if SECOND == 0 or both:
+            total = gl.zeros([HALF, BLOCK_N], gl.float32, layout)
+            if GATED:
+                other = gl.zeros([HALF, BLOCK_N], gl.float32, layout)
             for k in range(0, depth, BLOCK_K):
                 mbarrier.wait(ready.index(stage), phase)
                 left = mine.index(stage)
@@ -244,8 +241,17 @@ def _rows_consumer(  # type: ignore[no-untyped-def]
             else:
                 total = hopper.warpgroup_mma_wait(0, deps=[total])
             mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
+            row += SECOND * HALF
+            if GATED:
+                if SAVE:
+                    store_tile(total, staging, gate_up, row, column)
+                    store_tile(other, staging, gate_up, row, column + columns)
+                    total = total.to(out.dtype).to(gl.float32)
+                    other = other.to(out.dtype).to(gl.float32)
+                total = total / (1.0 + gl.exp(-total)) * other
+            store_tile(total, staging, out, row, column)
         else:
-            # Empty rows: their products are zeros, the stages pass unread.
+            # Half a tile: the rows after it are the next expert's, the stages pass unread.
             for _ in range(0, depth, BLOCK_K):
                 mbarrier.wait(ready.index(stage), phase)
                 mbarrier.arrive(empty.index(stage), count=1)
@@ -253,15 +259,6 @@ def _rows_consumer(  # type: ignore[no-untyped-def]
                 if stage == STAGES:
                     stage = 0
                     phase ^= 1
-        row += SECOND * HALF
-        if GATED:
-            if SAVE:
-                store_tile(total, staging, gate_up, row, column)
-                store_tile(other, staging, gate_up, row, column + columns)
-                total = total.to(out.dtype).to(gl.float32)
-                other = other.to(out.dtype).to(gl.float32)
-            total = total / (1.0 + gl.exp(-total)) * other
-        store_tile(total, staging, out, row, column)
     tma.store_wait(0)
 
 
@@ -271,9 +268,9 @@ def _rows_by_experts_kernel(  # type: ignore[no-untyped-def]
     weights,
     out,
     gate_up,
+    tile_starts,
     tile_experts,
     starts,
-    counts,
     num_experts,
     columns,
     depth,
@@ -311,9 +308,9 @@ def _rows_by_experts_kernel(  # type: ignore[no-untyped-def]
                     staging0,
                     out,
                     gate_up,
+                    tile_starts,
                     tile_experts,
                     starts,
-                    counts,
                     num_experts,
                     columns,
                     depth,
@@ -337,9 +334,9 @@ def _rows_by_experts_kernel(  # type: ignore[no-untyped-def]
                     staging1,
                     out,
                     gate_up,
+                    tile_starts,
                     tile_experts,
                     starts,
-                    counts,
                     num_experts,
                     columns,
                     depth,
@@ -363,9 +360,9 @@ def _rows_by_experts_kernel(  # type: ignore[no-untyped-def]
                     wide,
                     ready,
                     empty,
+                    tile_starts,
                     tile_experts,
                     starts,
-                    counts,
                     num_experts,
                     columns,
                     depth,

@@ -10,9 +10,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from moe.kernels.grouped_gemm import num_programs
+from moe.kernels.grouped_gemm import HALF_ROWS, num_programs
 from moe.kernels.hopper_config import BLOCK_K, HopperConfig
-from moe.kernels.hopper_gemm import HALF_M, descriptor, load, store_tile
+from moe.kernels.hopper_gemm import descriptor, load, store_tile
 from moe.kernels.routing import RoutingPlan
 
 
@@ -25,7 +25,7 @@ def rows_by_rows(
 ) -> torch.Tensor:
     """Per expert, the sum over its rows of left^T right: (P, M), (P, C) -> (E, M, C), in ``out`` where given.
 
-    An expert without rows gets zeros.
+    ``out`` may be a strip of a wider tensor's columns. An expert without rows gets zeros.
     """
     num_experts = plan.counts.shape[0]
     height, columns = left.shape[1], right.shape[1]
@@ -33,9 +33,9 @@ def rows_by_rows(
         out = torch.empty((num_experts, height, columns), dtype=left.dtype, device=left.device)
     programs = num_programs(left.device) * config.waves
     _rows_by_rows_kernel[(programs,)](
-        descriptor(left, BLOCK_K, HALF_M),
+        descriptor(left, BLOCK_K, HALF_ROWS),
         descriptor(right, BLOCK_K, config.block_n),
-        descriptor(out.view(num_experts * height, columns), HALF_M, config.block_n),
+        descriptor(out.flatten(0, 1), HALF_ROWS, config.block_n),
         plan.starts,
         plan.counts,
         num_experts,

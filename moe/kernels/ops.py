@@ -16,7 +16,11 @@ from moe.kernels import decode, grouped_gemm, rows, tuning
 from moe.kernels.hopper_config import HopperConfig
 from moe.kernels.routing import RoutingPlan, padded_rows, plan_routing, plan_size
 
-_ALIGN = grouped_gemm.TILE_ROWS
+_ALIGN = grouped_gemm.HALF_ROWS
+STRIP = 1024
+"""Columns of gate_up_proj's gradient that are made together where there are many rows: so much of the sorted tokens
+is held again in backward, instead of all of them since the forward pass."""
+_MANY_ROWS = 4096
 
 
 @torch.library.custom_op("phi35_moe::experts_decode", mutates_args=())
@@ -50,7 +54,7 @@ def _(
 @torch.library.custom_op("phi35_moe::experts_up", mutates_args=())
 def experts_up(
     hidden_states: torch.Tensor, expert_indices: torch.Tensor, gate_up_proj: torch.Tensor, hidden_act: str, save: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort tokens by expert, multiply by gate and up, gate.
 
     Args:
@@ -58,33 +62,29 @@ def experts_up(
         expert_indices: (N, k) in [0, E).
         gate_up_proj: (E, 2F, D), gate first.
         hidden_act: "silu" or "gelu".
-        save: return what the backward pass needs; else the second and third are empty.
+        save: return the gate and up rows, which the backward pass needs; else that result is empty.
 
     Returns:
-        gated rows (P, F); gate and up rows (P, 2F), through which gradients come back; sorted rows (P, D); the
-        routing plan's buffer.
+        gated rows (P, F); gate and up rows (P, 2F), through which gradients come back; the routing plan's buffer.
     """
     num_experts, double, hidden_size = gate_up_proj.shape
     how = tuning.choose(hidden_states.dtype, hidden_states.device, (hidden_size, double // 2), hidden_act).up
     plan = plan_routing(expert_indices, num_experts, _ALIGN)
     sorted_rows = rows.gather_rows(hidden_states, plan, expert_indices.shape[1])
     acted, gate_up = rows_by_experts_gated(sorted_rows, gate_up_proj, plan, hidden_act, how, save)
-    if not save:
-        return acted, hidden_states.new_empty(0), hidden_states.new_empty(0), plan.buffer
-    return acted, gate_up, sorted_rows, plan.buffer
+    return acted, gate_up if save else hidden_states.new_empty(0), plan.buffer
 
 
 @experts_up.register_fake
 def _(
     hidden_states: torch.Tensor, expert_indices: torch.Tensor, gate_up_proj: torch.Tensor, hidden_act: str, save: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_experts, double, hidden_size = gate_up_proj.shape
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_experts, double, _ = gate_up_proj.shape
     num_pairs = expert_indices.shape[0] * expert_indices.shape[1]
     num_rows = padded_rows(num_pairs, num_experts, _ALIGN)
     return (
         hidden_states.new_empty((num_rows, double // 2)),
         hidden_states.new_empty((num_rows, double) if save else (0,)),
-        hidden_states.new_empty((num_rows, hidden_size) if save else (0,)),
         hidden_states.new_empty((plan_size(num_pairs, num_experts, _ALIGN),), dtype=torch.int32),
     )
 
@@ -92,10 +92,9 @@ def _(
 @torch.library.custom_op("phi35_moe::experts_up_backward", mutates_args=())
 def experts_up_backward(
     gate_up_grad: torch.Tensor,
-    sorted_rows: torch.Tensor,
+    hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
     plan_buffer: torch.Tensor,
-    num_tokens: int,
     top_k: int,
     hidden_act: str,
     input_wanted: bool,
@@ -103,7 +102,7 @@ def experts_up_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of ``experts_up`` to hidden_states and gate_up_proj; one that is not wanted is empty."""
     num_experts, double, hidden_size = gate_up_proj.shape
-    plan = RoutingPlan.view(plan_buffer, num_tokens * top_k, num_experts, _ALIGN)
+    plan = RoutingPlan.view(plan_buffer, hidden_states.shape[0] * top_k, num_experts, _ALIGN)
     how = tuning.choose(gate_up_grad.dtype, gate_up_grad.device, (hidden_size, double // 2), hidden_act)
     input_grad, weights_grad = gate_up_grad.new_empty(0), gate_up_grad.new_empty(0)
     # The weights' gradient last: it is the largest, and the rows' gradient is freed by then.
@@ -112,24 +111,29 @@ def experts_up_backward(
         input_grad = rows.combine_rows(rows_grad, plan, top_k, None, gate_up_grad.dtype)
         del rows_grad
     if weights_wanted:
-        weights_grad = rows_by_rows(gate_up_grad, sorted_rows, plan, how.up_weights)
+        weights_grad = torch.empty_like(gate_up_proj, memory_format=torch.contiguous_format)
+        strip = STRIP if plan.num_rows >= _MANY_ROWS else hidden_size
+        for first in range(0, hidden_size, strip):
+            columns = slice(first, first + strip)
+            sorted_rows = rows.gather_rows(hidden_states[:, columns], plan, top_k)
+            rows_by_rows(gate_up_grad, sorted_rows, plan, how.up_weights, weights_grad[..., columns])
+            del sorted_rows
     return input_grad, weights_grad
 
 
 @experts_up_backward.register_fake
 def _(
     gate_up_grad: torch.Tensor,
-    sorted_rows: torch.Tensor,
+    hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
     plan_buffer: torch.Tensor,
-    num_tokens: int,
     top_k: int,
     hidden_act: str,
     input_wanted: bool,
     weights_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return (
-        gate_up_grad.new_empty((num_tokens, gate_up_proj.shape[2]) if input_wanted else (0,)),
+        gate_up_grad.new_empty(hidden_states.shape if input_wanted else (0,)),
         gate_up_proj.new_empty(gate_up_proj.shape if weights_wanted else (0,)),
     )
 
@@ -208,12 +212,13 @@ def _(
 
 
 def _up_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _, expert_indices, gate_up_proj, hidden_act, _ = inputs
-    _, _, sorted_rows, plan_buffer = output
+    hidden_states, expert_indices, gate_up_proj, hidden_act, _ = inputs
+    plan_buffer = output[-1]
     # Gradients come through the gate and up rows alone; zeros must not be made for the other outputs.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(sorted_rows, gate_up_proj, plan_buffer)
-    ctx.shape = tuple(expert_indices.shape)
+    # The tokens, which others keep too, not their sorted copies: those are made again.
+    ctx.save_for_backward(hidden_states, gate_up_proj, plan_buffer)
+    ctx.top_k = expert_indices.shape[1]
     ctx.hidden_act = hidden_act
 
 
@@ -223,7 +228,7 @@ def _up_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | 
         return (None,) * 5
     input_wanted, _, weights_wanted, *_ = ctx.needs_input_grad
     input_grad, weights_grad = experts_up_backward(
-        gate_up_grad, *ctx.saved_tensors, *ctx.shape, ctx.hidden_act, input_wanted, weights_wanted
+        gate_up_grad, *ctx.saved_tensors, ctx.top_k, ctx.hidden_act, input_wanted, weights_wanted
     )
     return input_grad if input_wanted else None, None, weights_grad if weights_wanted else None, None, None
 

@@ -2,7 +2,8 @@
 
 A stable counting sort in three small kernels: count per block of pairs, one program that turns the counts into
 places and a tile schedule, and a scatter of places. Every expert's rows start at a multiple of ``align`` and are
-followed by empty rows up to the next multiple, so that the grouped products meet only whole tiles and need no masks.
+followed by empty rows up to the next multiple, so that the grouped products meet only whole or half tiles and need no
+masks.
 MegaBlocks (arXiv 2211.15841, section 5.2) pads to blocks for the same reason. Empty rows hold zeros, which every stage
 maps to zeros.
 """
@@ -28,8 +29,10 @@ class RoutingPlan:
             past ``starts[E]`` are undefined.
         starts: (E + 1,) first row of each expert, multiples of ``align``; the last is the number of rows in use.
         counts: (E,) real rows of each expert.
-        tile_experts: (P / align,) expert of each tile of ``align`` rows; undefined past the rows in use.
-        align: rows per tile.
+        tile_starts: (E + 1,) first tile of each expert; the last is the number of tiles. A tile has two halves of
+            ``align`` rows; an expert's last tile may have one.
+        tile_experts: (tiles,) expert of each tile; undefined past the tiles in use.
+        align: rows per half tile.
         buffer: what the others are views of.
     """
 
@@ -37,6 +40,7 @@ class RoutingPlan:
     sources: torch.Tensor
     starts: torch.Tensor
     counts: torch.Tensor
+    tile_starts: torch.Tensor
     tile_experts: torch.Tensor
     align: int
     buffer: torch.Tensor
@@ -53,15 +57,15 @@ class RoutingPlan:
         for size in _sizes(num_pairs, num_experts, align):
             views.append(buffer[offset : offset + size])
             offset += -(-size // _ALIGNMENT) * _ALIGNMENT
-        places, sources, starts, counts, tile_experts = views
-        return cls(places, sources, starts, counts, tile_experts, align, buffer)
+        places, sources, starts, counts, tile_starts, tile_experts = views
+        return cls(places, sources, starts, counts, tile_starts, tile_experts, align, buffer)
 
 
 def padded_rows(num_pairs: int, num_experts: int, align: int) -> int:
     """Upper bound of sorted rows, the same for every routing of ``num_pairs`` pairs."""
     # An expert with rows wastes at most align - 1; no more than num_pairs experts have rows.
     waste = min(num_experts, num_pairs) * (align - 1)
-    # At least one tile: a descriptor has no empty tensor.
+    # At least one half tile: a descriptor has no empty tensor.
     return max(1, -(-(num_pairs + waste) // align)) * align
 
 
@@ -90,6 +94,7 @@ def plan_routing(expert_indices: torch.Tensor, num_experts: int, align: int) -> 
         plan.sources,
         plan.starts,
         plan.counts,
+        plan.tile_starts,
         plan.tile_experts,
         num_blocks,
         num_experts,
@@ -107,8 +112,15 @@ def plan_routing(expert_indices: torch.Tensor, num_experts: int, align: int) -> 
 
 
 def _sizes(num_pairs: int, num_experts: int, align: int) -> tuple[int, ...]:
-    num_rows = padded_rows(num_pairs, num_experts, align)
-    return num_pairs, num_rows, num_experts + 1, num_experts, num_rows // align
+    num_tiles = padded_rows(num_pairs, num_experts, 2 * align) // (2 * align)
+    return (
+        num_pairs,
+        padded_rows(num_pairs, num_experts, align),
+        num_experts + 1,
+        num_experts,
+        num_experts + 1,
+        num_tiles,
+    )
 
 
 @triton.jit
@@ -128,6 +140,7 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
     sources,
     starts,
     counts,
+    tile_starts,
     tile_experts,
     num_blocks,
     num_experts,
@@ -151,6 +164,10 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
     tl.store(counts + experts, total, mask=real)
     tl.store(starts + experts, begin, mask=real)
     tl.store(starts + num_experts, tl.sum(padded, axis=0))
+    tiles = (total + 2 * ALIGN - 1) // (2 * ALIGN)
+    tile_ends = tl.cumsum(tiles, axis=0)
+    tl.store(tile_starts + experts, tile_ends - tiles, mask=real)
+    tl.store(tile_starts + num_experts, tl.sum(tiles, axis=0))
 
     running = begin
     for first in range(0, num_blocks, BLOCKS_PER_STEP):
@@ -167,9 +184,9 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
     tl.store(sources + rows, tl.full((WIDTH, ALIGN), -1, tl.int32), mask=rows < ends[:, None])
 
     for first in range(0, num_tiles, TILES_PER_STEP):
-        tiles = first + tl.arange(0, TILES_PER_STEP)
-        owner = tl.sum((ends[None, :] <= tiles[:, None] * ALIGN).to(tl.int32), axis=1)
-        tl.store(tile_experts + tiles, tl.minimum(owner, num_experts - 1), mask=tiles < num_tiles)
+        tile = first + tl.arange(0, TILES_PER_STEP)
+        owner = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+        tl.store(tile_experts + tile, tl.minimum(owner, num_experts - 1), mask=tile < num_tiles)
 
 
 @triton.jit

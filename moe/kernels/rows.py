@@ -14,9 +14,13 @@ _CHUNK = 1024
 
 
 def gather_rows(values: torch.Tensor, plan: RoutingPlan, top_k: int) -> torch.Tensor:
-    """Copy each row of (N, D) to its k sorted rows; empty rows become zeros. Returns (P, D)."""
+    """Copy each row of (N, D) to its k sorted rows; empty rows become zeros. Returns (P, D).
+
+    ``values`` may be a strip of a wider tensor's columns.
+    """
     num_tokens, width = values.shape
-    values = values.contiguous()
+    if values.stride(1) != 1:
+        values = values.contiguous()
     rows = torch.empty((plan.num_rows, width), dtype=values.dtype, device=values.device)
     num_experts = plan.counts.shape[0]
     grid = (num_tokens + num_experts * (plan.align - 1),)
@@ -28,6 +32,7 @@ def gather_rows(values: torch.Tensor, plan: RoutingPlan, top_k: int) -> torch.Te
         plan.counts,
         num_tokens,
         width,
+        values.stride(0),
         TOP_K=top_k,
         ALIGN=plan.align,
         CHUNK=min(2 * _CHUNK, triton.next_power_of_2(width)),
@@ -101,6 +106,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     counts,
     num_tokens,
     width,
+    stride,
     TOP_K: tl.constexpr,
     ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -111,7 +117,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     if program < num_tokens:
         for first in range(0, width, CHUNK):
             inside = first + columns < width
-            value = tl.load(values + program.to(tl.int64) * width + first + columns, mask=inside)
+            value = tl.load(values + program.to(tl.int64) * stride + first + columns, mask=inside)
             for choice in tl.static_range(TOP_K):
                 row = tl.load(places + program * TOP_K + choice).to(tl.int64)
                 tl.store(rows + row * width + first + columns, value, mask=inside)

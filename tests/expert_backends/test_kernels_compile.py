@@ -80,11 +80,33 @@ def test_rows_by_experts(tmp_path: Path, transposed: bool) -> None:
     assert isinstance(config, grouped_gemm.GemmConfig)
     n, k = config.block_n, config.block_k
     arguments = {"rows": tile(128, k), "weights": tile(1, n, k) if transposed else tile(1, k, n), "out": tile(128, n)}
-    arguments |= pointers("tile_experts", "starts") | numbers("num_experts", "columns", "depth")
+    arguments |= {"half_rows": tile(64, k), "half_out": "*bf16"}
+    arguments |= pointers("tile_starts", "tile_experts", "starts") | numbers("num_experts", "columns", "depth")
     constants = {"TRANSPOSED": transposed, "BLOCK_M": 128, "BLOCK_N": n, "BLOCK_K": k, "GROUP": config.group}
     constants |= {"PROGRAMS": 132, "FLATTEN": config.flatten}
     kernel = compiled(
         grouped_gemm._rows_by_experts_kernel,
+        ASTSource,
+        arguments,
+        constants,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    assert_fits(kernel, tmp_path, "wgmma")
+
+
+@pytest.mark.parametrize(("act", "save"), [("gelu", True), ("silu", False)])
+def test_portable_gated_product(tmp_path: Path, act: str, save: bool) -> None:
+    config = tuning.PORTABLE.up
+    assert isinstance(config, grouped_gemm.GemmConfig)
+    half, k = config.block_n // 2, config.block_k
+    arguments = {"rows": tile(128, k), "half_rows": tile(64, k), "weights": tile(1, 2, half, k)}
+    arguments |= {"out": tile(128, half), "gate_up": tile(128, 1, half), "half_out": "*bf16", "half_gate_up": "*bf16"}
+    arguments |= pointers("tile_starts", "tile_experts", "starts") | numbers("num_experts", "width", "depth")
+    constants = {"ACT": act, "SAVE": save, "BLOCK_M": 128, "HALF_N": half, "BLOCK_K": k, "GROUP": config.group}
+    constants |= {"PROGRAMS": 132, "FLATTEN": config.flatten}
+    kernel = compiled(
+        grouped_gemm._rows_by_experts_gated_kernel,
         ASTSource,
         arguments,
         constants,
@@ -103,7 +125,7 @@ def test_hopper_gated_product(tmp_path: Path, save: bool) -> None:
     half = config.block_n // 2
     arguments = {"rows": swizzled(64, 64), "weights": swizzled(half, 64)}
     arguments |= {"out": swizzled(64, half), "gate_up": swizzled(64, half)}
-    arguments |= pointers("tile_experts", "starts", "counts") | numbers("num_experts", "columns", "depth")
+    arguments |= pointers("tile_starts", "tile_experts", "starts") | numbers("num_experts", "columns", "depth")
     constants = {"PROGRAMS": 132, "TRANSPOSED": True, "GATED": True, "SAVE": save, "BLOCK_N": half}
     constants |= {"STAGES": config.num_stages, "GROUP": config.group}
     kernel = compiled(hopper_gemm._rows_by_experts_kernel, GluonASTSource, arguments, constants, num_warps=4)
@@ -141,7 +163,7 @@ def test_decode_product(tmp_path: Path) -> None:
 
 
 def test_plan_and_gate_backward(tmp_path: Path) -> None:
-    arguments = pointers("block_counts", "sources", "starts", "counts", "tile_experts")
+    arguments = pointers("block_counts", "sources", "starts", "counts", "tile_starts", "tile_experts")
     arguments |= numbers("num_blocks", "num_experts", "num_tiles")
     constants = {"WIDTH": 16, "ALIGN": 128, "BLOCKS_PER_STEP": 64, "TILES_PER_STEP": 256}
     assert_fits(compiled(routing._plan_kernel, ASTSource, arguments, constants, num_warps=8), tmp_path, None)

@@ -29,7 +29,9 @@ def report() -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("case", ["many", "ragged_gelu", "one_token", "two_tiles", "one_choice", "eight_choices"])
+@pytest.mark.parametrize(
+    "case", ["many", "ragged_gelu", "one_token", "two_tiles", "one_choice", "eight_choices", "strips"]
+)
 def test_float32_output_and_gradients_equal_the_loop(report: dict[str, Any], case: str) -> None:
     # Measured: at most 6e-7. "many" also runs the large-batch path forward only.
     assert ("forward" in report[case]) == (case == "many")
@@ -44,7 +46,9 @@ def test_float16_output_and_gradients_equal_the_loop_within_rounding(report: dic
 
 @pytest.mark.parametrize("size", ["3/4", "1100/5"])
 def test_plan_is_a_stable_sort_in_whole_tiles(report: dict[str, Any], size: str) -> None:
-    assert report["plans"][size] == dict.fromkeys(("counts", "starts", "places", "sources", "empty", "tiles"), True)
+    assert report["plans"][size] == dict.fromkeys(
+        ("counts", "starts", "places", "sources", "empty", "tile_starts", "tiles"), True
+    )
 
 
 def test_frozen_experts_still_pass_gradients_to_tokens(report: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ CASES: dict[str, tuple[int, int, int, int, int, str, torch.dtype]] = {
     "two_tiles": (190, 2, 3, 32, 32, "silu", torch.float32),
     "one_choice": (5, 1, 3, 32, 32, "silu", torch.float32),
     "eight_choices": (3, 8, 10, 32, 32, "silu", torch.float32),
+    "strips": (30, 2, 3, 72, 40, "silu", torch.float32),
     "half": (12, 2, 3, 64, 96, "silu", torch.float16),
 }
 
@@ -56,6 +57,8 @@ def compare(name: str) -> dict[str, float]:
     out = triton_kernels(mine[0], indices, *mine[1:], act)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(8)).to(out.dtype)
     expected.backward(upstream.double())
+    if name == "strips":
+        ops.STRIP, ops._MANY_ROWS = 32, 0
     out.backward(upstream)
     with torch.no_grad():
         small = triton_kernels(values[0], indices, *values[1:], act)
@@ -79,15 +82,16 @@ def plan(pairs: int, experts: int) -> dict[str, Any]:
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), ((counts + 15) // 16 * 16).cumsum(0)])
     order = flat.argsort(stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(pairs)) - (counts.cumsum(0) - counts)[flat]
-    used = int(starts[-1])
+    used, tiles = int(starts[-1]), (counts + 31) // 32
     return {
         "counts": found.counts.tolist() == counts.tolist(),
         "starts": found.starts.tolist() == starts.tolist(),
         "places": torch.equal(found.places.long(), starts[flat] + rank),
         "sources": torch.equal(found.sources[found.places.long()].long(), torch.arange(pairs)),
         "empty": int((found.sources[:used] == -1).sum()) == used - pairs,
-        "tiles": [int(e) for e in found.tile_experts[: used // 16]]
-        == [e for e in range(experts) for _ in range(int(starts[e + 1] - starts[e]) // 16)],
+        "tile_starts": found.tile_starts.tolist() == [0, *tiles.cumsum(0).tolist()],
+        "tiles": found.tile_experts[: int(tiles.sum())].tolist()
+        == [e for e in range(experts) for _ in range(int(tiles[e]))],
     }
 
 
@@ -131,7 +135,7 @@ def registration() -> bool:
     up = (values[0], indices, values[2], act, True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(ops.experts_up, up, test_utils=checks)
-    acted, gate_up, _, plan_buffer = (output.detach() for output in ops.experts_up(*up))
+    acted, gate_up, plan_buffer = (output.detach() for output in ops.experts_up(*up))
     down = (acted, gate_up.requires_grad_(), values[1], values[3], plan_buffer, act)
     torch.library.opcheck(ops.experts_down, down, test_utils=checks)
     few = (values[0], indices, values[1], values[2], values[3], act)
