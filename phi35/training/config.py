@@ -67,6 +67,10 @@ class TrainingConfig:
         keep_last: checkpoints kept; 0 keeps all.
         resume: continue from the newest complete checkpoint of ``output_dir``, if there is one.
         log_interval: steps between two reads of the losses from the device; metrics hold every step all the same.
+        trackers: where the numbers go besides the terminal and ``metrics.jsonl``: "tensorboard", "wandb"; None takes
+            TensorBoard where it is installed.
+        wandb_options: keyword arguments of ``wandb.init`` (project, name, mode: offline, ...).
+        peak_flops: a device's peak per second for MFU; None takes that of ``phi35.training.flops`` by its name.
         export: write the final model in Hugging Face form to ``<output_dir>/model``.
     """
 
@@ -111,10 +115,13 @@ class TrainingConfig:
     keep_last: int = 2
     resume: bool = True
     log_interval: int = 1
+    trackers: tuple[str, ...] | None = None
+    wandb_options: dict[str, Any] = field(default_factory=dict)
+    peak_flops: float | None = None
     export: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("freeze", "adam_betas"):
+        for name in ("freeze", "adam_betas", "trackers"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         problems = [*type_problems(self)] or [*value_problems(self)]

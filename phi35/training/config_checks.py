@@ -3,9 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
 from phi35.training.schedule import SCHEDULES
+from phi35.training.trackers import PACKAGES
 
 if TYPE_CHECKING:
     from phi35.training.config import TrainingConfig
@@ -22,10 +24,8 @@ def type_problems(config: "TrainingConfig") -> Iterator[str]:
     hints = get_type_hints(type(config))
     for item in dataclasses.fields(config):
         value, hint = getattr(config, item.name), hints[item.name]
-        accepted = [kind for kind in (get_args(hint) or (hint,)) if isinstance(kind, type)]
-        origin = getattr(hint, "__origin__", None)
-        if origin in (dict, tuple):
-            accepted = [origin]
+        declared = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        accepted = [get_origin(kind) or kind for kind in declared]
         if isinstance(value, int) and not isinstance(value, bool) and float in accepted:
             object.__setattr__(config, item.name, float(value))
             continue
@@ -36,7 +36,7 @@ def type_problems(config: "TrainingConfig") -> Iterator[str]:
 
 def value_problems(config: "TrainingConfig") -> Iterator[str]:
     """Values that no run can have, whatever its model and processes."""
-    for subject in (_choice_problems, _number_problems, _schedule_problems, _part_problems):
+    for subject in (_choice_problems, _number_problems, _schedule_problems, _part_problems, _report_problems):
         yield from subject(config)
 
 
@@ -105,3 +105,13 @@ def _part_problems(config: "TrainingConfig") -> Iterator[str]:
             yield f"learning_rates.{part} must be a number, at least 0, got {rate!r}"
     if set(config.freeze) >= set(PARTS):
         yield "freeze leaves nothing to train"
+
+
+def _report_problems(config: "TrainingConfig") -> Iterator[str]:
+    unknown = sorted(set(config.trackers or ()) - set(PACKAGES))
+    if unknown:
+        yield f"trackers names unknown ones {unknown}; known are {sorted(PACKAGES)}"
+    if config.wandb_options and "wandb" not in (config.trackers or ()):
+        yield "wandb_options has no effect without 'wandb' in trackers"
+    if config.peak_flops is not None and not config.peak_flops > 0:
+        yield f"peak_flops must be positive, got {config.peak_flops}"

@@ -21,7 +21,17 @@ def describe_run(folder: Path, config: TrainingConfig, place: Environment) -> No
     print(f"training config ({place.world_size} x {place.device.type}, {accumulation} micro-batches a step):")
     print("".join(f"  {line}\n" for line in text.splitlines()), end="", flush=True)
     (folder / "training_config.yaml").write_text(text)
-    described = {"versions": versions(), "commit": commit(), "command": sys.argv, "world_size": place.world_size}
+    described = {
+        "versions": versions(),
+        "commit": commit(),
+        "seed": config.seed,
+        "command": sys.argv,
+        "world_size": place.world_size,
+        "device": torch.cuda.get_device_name(place.device)
+        if place.device.type == "cuda"
+        else platform.processor() or platform.machine(),
+    }
+    print("".join(f"  {name}: {described[name]}\n" for name in ("versions", "commit")), end="", flush=True)
     (folder / "run.json").write_text(json.dumps(described, indent=1) + "\n")
 
 

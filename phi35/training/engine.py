@@ -16,6 +16,7 @@ from phi35.training.deepspeed_config import handed_over, merge, to_deepspeed
 from phi35.training.environment import Environment
 from phi35.training.loss import auxiliary_losses
 from phi35.training.mixed_precision import MixedPrecisionAdamW, build_optimizer
+from phi35.training.parameter_groups import part_rates
 from phi35.training.routing import BiasBalancer
 from phi35.training.schedule import learning_rate_factor
 
@@ -45,6 +46,9 @@ class Engine:
         config: resolved training config.
         environment: this process's place.
         deepspeed_file: additions from a ready DeepSpeed JSON file.
+
+    Attributes:
+        learning_rates: present rate of every part of the model that is trained.
 
     Raises:
         ValueError: if the DeepSpeed file contradicts the config.
@@ -84,6 +88,8 @@ class Engine:
             self.deepspeed.zero_grad = self._zero_grad
             if environment.world_size == 1:
                 self.deepspeed.enable_backward_allreduce = False  # it would copy every gradient twice
+        self._peaks = part_rates(model, config)
+        self.learning_rates = dict(self._peaks)
         self.balancer = BiasBalancer(model, config.router_bias_update_rate, environment.world_size)
         model.train()
 
@@ -100,6 +106,7 @@ class Engine:
         )
         for group in self.base_optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+        self.learning_rates = {part: peak * factor for part, peak in self._peaks.items()}
         return config.learning_rate * factor
 
     def step(

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import distributed
 
+from phi35.config import ModelConfig
 from phi35.training import checkpoint
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
+from phi35.training.flops import Work, batch_work
 from phi35.training.loss import count_label_tokens
 from phi35.training.metrics import Metrics
 
@@ -29,9 +31,10 @@ def run_steps(
     accumulation = config.gradient_accumulation_steps(place.world_size)
     batches = source.compact() if hasattr(source, "compact") else iter(source)
     expand = getattr(source, "expand", None)
+    model_config: Any = engine.model.config
     saved = root / f"step-{first_step:08d}"
     for step in range(first_step, config.max_steps):
-        micro_batches, num_tokens = _next_micro_batches(batches, accumulation, place.device, expand)
+        micro_batches, num_tokens, work = _next_micro_batches(batches, accumulation, place.device, expand, model_config)
         global_num_tokens = _sum_over_ranks(sum(num_tokens), place)
         learning_rate = engine.set_learning_rate(step)
         result = engine.step(micro_batches, num_tokens, global_num_tokens)
@@ -39,6 +42,8 @@ def run_steps(
             step + 1,
             result,
             learning_rate=learning_rate,
+            learning_rates=engine.learning_rates,
+            work=work,
             num_tokens=global_num_tokens,
             num_samples=config.global_batch_size,
             attention_masks=[batch.get("attention_mask") for batch in micro_batches],
@@ -57,17 +62,19 @@ def _next_micro_batches(
     count: int,
     device: torch.device,
     expand: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None,
-) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-    """``count`` micro-batches on the device and their label tokens, counted before the labels leave the host."""
-    taken, num_tokens = [], []
+    model_config: ModelConfig,
+) -> tuple[list[dict[str, torch.Tensor]], list[int], Work]:
+    """``count`` micro-batches on the device, their label tokens and their work, counted before they leave the host."""
+    taken, num_tokens, work = [], [], Work()
     for _ in range(count):
         batch = next(batches)
+        work += batch_work(batch, model_config)
         num_tokens.append(count_label_tokens(batch["labels"]))
         moved = {
             name: value if name in HOST_INPUTS else value.to(device, non_blocking=True) for name, value in batch.items()
         }
         taken.append(moved if expand is None else expand(moved))
-    return taken, num_tokens
+    return taken, num_tokens, work
 
 
 def _sum_over_ranks(value: int, place: Environment) -> torch.Tensor | int:

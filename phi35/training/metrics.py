@@ -1,20 +1,27 @@
-"""What a run shows while it runs: progress bar, one JSON line per step, a picture of the curves at the end.
+"""What a run shows while it runs: one JSON line per step, and the trackers that take the same lines.
 
 Values stay on the device until ``log_interval`` steps have gathered; then one reduction and one copy bring them all,
 so that the hot loop does not wait for the device.
 """
 
 import json
+import resource
+import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
+from phi35.training.curves import read_lines
 from phi35.training.engine import StepResult
 from phi35.training.environment import Environment
+from phi35.training.flops import TrainingFlops, Work
 from phi35.training.routing import describe_routing, plot_expert_load, routing_totals
+from phi35.training.trackers import ProgressBar, Tracker
 
 SECONDS_BETWEEN_HEAT_MAPS = 60.0
 """The experts' heat map is drawn anew at a read of the numbers after this time, and at the end."""
@@ -29,24 +36,39 @@ class Metrics:
         max_steps: steps of the run, for the progress bar.
         first_step: steps made before; later lines of an earlier attempt are dropped.
         log_interval: steps between two reads.
+        trackers: of rank 0; None for the progress bar alone.
+        flops: operations of a batch; None leaves them and MFU out.
+        peak_flops: a device's peak per second; None leaves MFU out.
+        skips: this rank's samples left out by the data source since the start, by reason; None where it counts none.
     """
 
     def __init__(
-        self, folder: Path, environment: Environment, *, max_steps: int, first_step: int = 0, log_interval: int = 1
+        self,
+        folder: Path,
+        environment: Environment,
+        *,
+        max_steps: int,
+        first_step: int = 0,
+        log_interval: int = 1,
+        trackers: Sequence[Tracker] | None = None,
+        flops: TrainingFlops | None = None,
+        peak_flops: float | None = None,
+        skips: Callable[[], Mapping[str, int]] | None = None,
     ) -> None:
         self.path, self.environment, self.log_interval = folder / "metrics.jsonl", environment, log_interval
+        self.evaluation_path = folder / "evaluations.jsonl"
         self.heat_map_path = folder / "expert_load.png"
         self.history: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.flops, self.peak_flops, self.skips = flops, peak_flops, skips
         self._pending: list[tuple[dict[str, Any], list[torch.Tensor], list[str]]] = []
         self._since = time.perf_counter()
         self._drawn = time.monotonic()
-        self._bar: Any = None
+        self._trackers: Sequence[Tracker] = ()
         if environment.is_main:
-            from tqdm import tqdm
-
-            self.history = [line for line in read_metrics(self.path) if line["step"] <= first_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-            self._bar = tqdm(total=max_steps, initial=first_step, unit="step", desc="training", dynamic_ncols=True)
+            self.history = _kept_lines(self.path, first_step)
+            self.evaluations = _kept_lines(self.evaluation_path, first_step)
+            self._trackers = [ProgressBar(max_steps, first_step)] if trackers is None else trackers
 
     def add(
         self,
@@ -57,6 +79,8 @@ class Metrics:
         num_tokens: torch.Tensor | int,
         num_samples: int,
         attention_masks: list[torch.Tensor | None],
+        learning_rates: Mapping[str, float] | None = None,
+        work: Work | None = None,
     ) -> None:
         """Takes a step's numbers, and writes all that are waiting when it is time.
 
@@ -67,6 +91,8 @@ class Metrics:
             num_tokens: label tokens of the global batch.
             num_samples: samples of the global batch.
             attention_masks: of this rank's micro-batches.
+            learning_rates: of each part that is trained.
+            work: of this rank's micro-batches together.
         """
         device, world_size = result.loss.device, self.environment.world_size
         names, values = ["loss"], [result.loss.reshape(1)]
@@ -80,8 +106,17 @@ class Metrics:
         if isinstance(num_tokens, torch.Tensor):
             names.append("tokens")
             values.append(num_tokens.reshape(1) / world_size)
+        if work is not None:
+            names.append("input_tokens")
+            counted = [float(work.tokens)]
+            if self.flops is not None:
+                names.append("model_flops")
+                counted.append(self.flops(work))
+            values.append(torch.tensor(counted, device=device))
         totals = routing_totals(result.outputs, attention_masks)
         host: dict[str, Any] = {"step": step, "learning_rate": learning_rate, "samples": num_samples}
+        if learning_rates:
+            host["learning_rates"] = dict(learning_rates)
         if not isinstance(num_tokens, torch.Tensor):
             host["tokens"] = num_tokens
         if totals is not None:
@@ -100,34 +135,79 @@ class Metrics:
             distributed.all_reduce(flat)
         numbers = flat.tolist()
         seconds = (time.perf_counter() - self._since) / len(self._pending)
+        shared = {**self._memory(), **self._skipped()}
         if self.environment.is_main:
             lines = []
             for host, values, names in self._pending:
-                lines.append(_line(host, names, numbers[: sum(value.numel() for value in values)], seconds))
-                numbers = numbers[sum(value.numel() for value in values) :]
+                count = sum(value.numel() for value in values)
+                line = _line(host, names, numbers[:count], seconds)
+                if self.peak_flops and "model_flops" in line:
+                    line["mfu"] = line["model_flops"] / (seconds * self.environment.world_size * self.peak_flops)
+                lines.append({**line, **shared})
+                numbers = numbers[count:]
             self._write(lines)
         self._pending = []
         self._since = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """Leaves what was done since the last ``flush`` (writing a checkpoint) out of the speeds."""
+        """Leaves what was done since the last ``flush`` (a checkpoint, an evaluation) out of the speeds."""
         self._since = time.perf_counter()
 
+    def add_evaluation(self, line: dict[str, Any]) -> None:
+        """Takes the numbers of an evaluation, with their ``step``; called after ``flush``, written by rank 0."""
+        if self.environment.is_main:
+            self.evaluations.append(line)
+            with open(self.evaluation_path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            for tracker in self._trackers:
+                tracker.log_evaluation(line)
+
     def close(self) -> None:
-        """Writes what is waiting and ends the progress bar."""
+        """Writes what is waiting and closes the trackers."""
         self.flush()
-        if self._bar is not None:
-            self._bar.close()
+        for tracker in self._trackers:
+            tracker.close()
+        if self.environment.is_main:
             self._draw_expert_load()
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes of the fullest rank: of its GPU, or of its process on a CPU (which reserves nothing)."""
+        device = self.environment.device
+        if device.type == "cuda":
+            read = (torch.cuda.memory_allocated, torch.cuda.memory_reserved, torch.cuda.max_memory_allocated)
+            found = {
+                name: int(one(device))
+                for name, one in zip(("memory_allocated", "memory_reserved", "memory_peak"), read, strict=True)
+            }
+        else:
+            kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            found = {"memory_peak": kilobytes if sys.platform == "darwin" else kilobytes * 1024}
+        if self.environment.world_size > 1:
+            most = torch.tensor(list(found.values()), dtype=torch.int64, device=device)
+            distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+            found = dict(zip(found, most.tolist(), strict=True))
+        return found
+
+    def _skipped(self) -> dict[str, dict[str, int]]:
+        """Samples that all ranks' sources left out since the start, by reason."""
+        if self.skips is None:
+            return {}
+        mine = dict(self.skips())
+        gathered: list[Any] = [mine]
+        if self.environment.world_size > 1:
+            gathered = [None] * self.environment.world_size
+            distributed.all_gather_object(gathered, mine)
+        total: Counter[str] = Counter()
+        for one in gathered:
+            total.update(one)
+        return {"data_skips": dict(sorted(total.items()))}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         with open(self.path, "a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         self.history.extend(lines)
-        last = lines[-1]
-        shown = {"loss": f"{last['loss']:.4f}", "tokens/s": f"{last['tokens_per_second']:.0f}"}
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(len(lines))
+        for tracker in self._trackers:
+            tracker.log(lines)
         if time.monotonic() - self._drawn > SECONDS_BETWEEN_HEAT_MAPS:
             self._draw_expert_load()
 
@@ -141,8 +221,10 @@ def _line(host: dict[str, Any], names: list[str], numbers: list[float], seconds:
     line = dict(host)
     shape = line.pop("routing_shape", None)
     line.update(zip(names, numbers, strict=False))
-    line["tokens"] = round(line["tokens"])
-    line["tokens_per_second"] = line["tokens"] / seconds
+    for name in ("tokens", "input_tokens"):
+        if name in line:
+            line[name] = round(line[name])
+    line["tokens_per_second"] = line.get("input_tokens", line["tokens"]) / seconds
     line["samples_per_second"] = line["samples"] / seconds
     line["seconds"] = seconds
     if shape is not None:
@@ -152,43 +234,9 @@ def _line(host: dict[str, Any], names: list[str], numbers: list[float], seconds:
     return line
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; an unfinished last line (of a killed run) is left out."""
-    lines: list[dict[str, Any]] = []
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
+def _kept_lines(path: Path, first_step: int) -> list[dict[str, Any]]:
+    """Lines up to the step that a run resumes from; those of an earlier attempt beyond it leave the file."""
+    lines = [line for line in read_lines(path) if line["step"] <= first_step]
+    if lines or path.is_file():
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
-
-
-def plot(history: list[dict[str, Any]], path: Path) -> None:
-    """Draws loss, learning rate, gradient norm and, for sparse models, the experts' load.
-
-    Args:
-        history: lines of ``metrics.jsonl``.
-        path: PNG file to write.
-    """
-    from matplotlib.figure import Figure
-
-    panels = [name for name in ("loss", "learning_rate", "gradient_norm", "expert_load") if name in history[-1]]
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    steps = [line["step"] for line in history]
-    for axis, name in zip(axes, panels, strict=True):
-        if name == "expert_load":
-            for layer in range(len(history[-1][name])):
-                axis.plot(
-                    steps, [max(line[name][layer]) for line in history], label=f"sparse layer {layer}", linewidth=1
-                )
-            axis.set_title("load of the busiest expert")
-            if len(history[-1][name]) <= 8:
-                axis.legend(fontsize=7)
-        else:
-            axis.plot(steps, [line[name] for line in history], linewidth=1)
-            axis.set_title(name.replace("_", " "))
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)

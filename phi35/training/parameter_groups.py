@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from phi35.training.config import TrainingConfig
+from phi35.training.config_checks import PARTS
 
 VISION_PREFIX = "model.vision_embed_tokens."
 TOWER_PREFIX = VISION_PREFIX + "img_processor."
@@ -60,6 +61,12 @@ def freeze_parameters(model: nn.Module, config: TrainingConfig) -> list[str]:
     if all(not parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"freeze={list(config.freeze)} leaves nothing to train in model {config.model!r}")
     return frozen
+
+
+def part_rates(model: nn.Module, config: TrainingConfig) -> dict[str, float]:
+    """Peak learning rate of every part of the model that is trained."""
+    trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {part: config.learning_rates.get(part, config.learning_rate) for part in PARTS if part in trained}
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:

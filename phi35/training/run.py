@@ -11,14 +11,17 @@ from phi35.training import checkpoint, environment
 from phi35.training.build import build_model, build_processor, read_model_config
 from phi35.training.checkpoint_files import CheckpointReader, set_aside
 from phi35.training.config import TrainingConfig
+from phi35.training.curves import plot
 from phi35.training.data import open_text
 from phi35.training.description import describe_run, versions
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
 from phi35.training.export import export
 from phi35.training.loop import run_steps
-from phi35.training.metrics import Metrics, plot
+from phi35.training.metrics import Metrics
 from phi35.training.random_state import seed_everything
+from phi35.training.reporting import open_metrics
+from phi35.training.trackers import choose_trackers
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def train(
         num_experts=model_config.num_local_experts,
         router_aux_loss_coef=model_config.router_aux_loss_coef,
     )
+    choose_trackers(config.trackers)
     folder = Path(config.output_dir)
     reader = checkpoint.open_newest(folder / "checkpoints", place) if config.resume else None
     if reader is not None:
@@ -77,9 +81,7 @@ def train(
     first_step = _restore(engine, source, reader)
     if place.is_main and not config.resume:
         set_aside(folder / "checkpoints")
-    metrics = Metrics(
-        folder, place, max_steps=config.max_steps, first_step=first_step, log_interval=config.log_interval
-    )
+    metrics = open_metrics(engine, model_config, source, folder, first_step)
     state = {
         "training_config": config.to_dict(),
         "model_config": checkpoint.model_config_to_dict(model_config),
@@ -183,7 +185,7 @@ def _finish(config: TrainingConfig, processor: Any, metrics: Metrics, folder: Pa
     written = {"config": folder / "training_config.yaml", "metrics": metrics.path, "checkpoint": last}
     if history:
         written["curves"] = folder / "curves.png"
-        plot(history, written["curves"])
+        plot(history, written["curves"], metrics.evaluations)
     if metrics.heat_map_path.is_file():
         written["experts"] = metrics.heat_map_path
     if config.export:
