@@ -1,28 +1,32 @@
-"""Expert parallelism over DeepSpeed's process groups (ZeRO 0 to 2), dropless.
+"""Expert parallelism (ZeRO 0 to 2), dropless: each process keeps some of every sparse layer's experts.
 
 Every process of an expert group keeps E / ep experts of each sparse layer: a slice of dimension 0 of the expert
-tensors. Each token's hidden state travels to the processes that hold its experts and its result travels back, by
-all-to-all with the true counts; router, weights and the sum over a token's experts stay at home. Routing keeps
-global expert numbers.
+tensors. Each token's hidden state travels to the processes that hold its experts and its result travels back, by the
+true counts; router, weights and the sum over a token's experts stay at home. Routing keeps global expert numbers.
 
-DeepSpeed recognises sparse layers by its own class, so a sharded layer's class becomes one made of this module's
-exchange, the layer's own class and ``deepspeed.moe.layer.MoE``; parameter names do not change. An expert's gradient
-is the sum over the group's tokens; DeepSpeed divides it by the whole data-parallel size, as it does for all others,
-so nothing is scaled here.
+``moe.expert_exchange`` is the exchange, which knows process groups alone; ``moe.deepspeed_adapter`` is all that knows
+DeepSpeed. An expert's gradient is the sum over the group's tokens; DeepSpeed divides it by the whole data-parallel
+size, as it does for all others, so nothing is scaled here.
 """
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed, nn
 
-from moe.experts import combine, sort_by_expert
+from moe import deepspeed_adapter
+from moe.exchange_plan import CountExchange
+from moe.expert_exchange import ExchangeClock, exchanged_experts
+from moe.experts import Experts, check_limit, combine, sort_by_expert
 from moe.layer import SparseMoE
+from moe.row_products import RowProducts, TorchRows
 from phi35.outputs import RouterOutput
 
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
+
+NUM_CHUNKS = {"cpu": 1, "cuda": 2}
+"""Pieces into which an exchange is cut by default, by device; docs/moe.md has the measurements."""
 
 
 def validate(ep_size: int, world_size: int, num_experts: int, zero_stage: int = 0) -> None:
@@ -54,7 +58,7 @@ def validate(ep_size: int, world_size: int, num_experts: int, zero_stage: int = 
         raise ValueError("expert parallelism is not possible: " + "; ".join(problems))
 
 
-def shard(model: nn.Module, ep_size: int) -> nn.Module:
+def shard(model: nn.Module, ep_size: int, num_chunks: int | None = None) -> nn.Module:
     """Turn every ``SparseMoE`` of a model into its expert-parallel form, in place.
 
     Call it on every process, with equal weights, after ``deepspeed.init_distributed`` and before
@@ -65,6 +69,8 @@ def shard(model: nn.Module, ep_size: int) -> nn.Module:
     Args:
         model: holds the layers; may be one.
         ep_size: processes per set of experts; 1 leaves the model as it is.
+        num_chunks: pieces in which tokens travel, under each other's products (at most one per local expert); None
+            takes the device's ``NUM_CHUNKS``.
 
     Returns:
         The same model.
@@ -72,6 +78,8 @@ def shard(model: nn.Module, ep_size: int) -> nn.Module:
     Raises:
         ValueError: if ``validate`` refuses, a layer is sharded already, or no process group stands.
     """
+    if num_chunks is not None and num_chunks < 1:
+        raise ValueError(f"num_chunks must be at least 1, or None for the device's default, got {num_chunks}")
     layers = [module for module in model.modules() if isinstance(module, SparseMoE)]
     if any(isinstance(layer, _ExpertExchange) for layer in layers):
         raise ValueError("the model is sharded over experts already; shard a model with whole expert tensors")
@@ -79,9 +87,9 @@ def shard(model: nn.Module, ep_size: int) -> nn.Module:
     validate(ep_size, world_size, layers[0].num_experts if layers else 0)
     if ep_size == 1:
         return model
-    group, group_name = _expert_group(ep_size)
+    group_name = deepspeed_adapter.create_expert_groups(ep_size)
     for layer in layers:
-        _shard_layer(layer, group, group_name)
+        _shard_layer(layer, group_name, num_chunks)
     return model
 
 
@@ -91,40 +99,60 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class _ExpertExchange:
-    """What a sharded layer does otherwise: its experts are reached by all-to-all."""
+    """What a sharded layer does otherwise: its experts are reached through a process group.
+
+    Attributes:
+        num_chunks: pieces of an exchange; None for the device's ``NUM_CHUNKS``.
+        clock: takes the times of the layer's exchanges where set.
+    """
 
     num_experts: int
     ep_size: int
     num_local_experts: int
     expert_group_name: str
+    num_chunks: int | None
+    clock: ExchangeClock | None
     experts: nn.Module
-
-    @property
-    def expert_group(self) -> "distributed.ProcessGroup":
-        """This process's group; looked up, since a module that held it could not be copied."""
-        from deepspeed.utils import groups
-
-        return groups._get_expert_parallel_group(self.expert_group_name)
-
-    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """DeepSpeed asks every layer to make its groups; ``shard`` has made them."""
 
     def run_experts(self, tokens: torch.Tensor, router_output: RouterOutput) -> torch.Tensor:
         """(N, D) weighted sum of each token's experts, wherever those are.
 
         All processes of the group must call this alike, also with N = 0; the counts are read on the host.
         """
-        group = self.expert_group
+        group = deepspeed_adapter.expert_group(self.expert_group_name)
+        num_chunks = self.num_chunks or NUM_CHUNKS.get(tokens.device.type, 1)
+        experts = self.experts
+        # A container with another forward, such as a quantized one, runs its own experts.
+        plain = isinstance(experts, Experts) and type(experts).forward is Experts.forward
+        products = _row_products(experts, tokens, num_chunks) if plain else None  # type: ignore[arg-type]
+        if products is None:
+            return self._run_any_container(tokens, router_output, group)
+        assert isinstance(experts, Experts)
+        return exchanged_experts(
+            tokens,
+            router_output.expert_indices,
+            router_output.expert_weights,
+            experts.gate_up_proj,
+            experts.down_proj,
+            experts.hidden_act,
+            group=group,
+            products=products,
+            num_chunks=num_chunks,
+            clock=self.clock,
+        )
+
+    def _run_any_container(
+        self, tokens: torch.Tensor, router_output: RouterOutput, group: "distributed.ProcessGroup"
+    ) -> torch.Tensor:
+        """The same for whatever takes the place of ``Experts``: its own forward between two whole exchanges."""
         rows = sort_by_expert(tokens, router_output.expert_indices, self.num_experts)
-        sent = rows.ends.diff(prepend=rows.ends.new_zeros(1))  # (E,) rows for each expert
-        received = torch.empty_like(sent)
-        distributed.all_to_all_single(received, sent, group=group)
-        received = received.view(self.ep_size, self.num_local_experts)  # rows from each process for each own expert
-        sent_splits = sent.view(self.ep_size, -1).sum(dim=1).tolist()
-        received_splits = received.sum(dim=1).tolist()
+        sent, received = CountExchange(rows.ends.diff(prepend=rows.ends.new_zeros(1)), group).wait()
+        size = self.num_local_experts
+        sent_splits = [sum(sent[first : first + size]) for first in range(0, len(sent), size)]
+        received_splits = [sum(counts) for counts in received]
         arrived = _AllToAll.apply(rows.values, received_splits, sent_splits, group)
-        local_experts = torch.arange(self.num_local_experts, device=tokens.device).repeat(self.ep_size)
-        local_indices = local_experts.repeat_interleave(received.reshape(-1), output_size=arrived.shape[0])
+        local = [expert for counts in received for expert, count in enumerate(counts) for _ in range(count)]
+        local_indices = torch.tensor(local, dtype=torch.int64).to(tokens.device, non_blocking=True)
         # The weights stay with the token, so that its sum over experts is the one of a single process.
         ones = torch.ones(arrived.shape[0], 1, device=tokens.device)
         answers = self.experts(arrived, local_indices.unsqueeze(1), ones)
@@ -160,20 +188,23 @@ def _exchange(
     return received
 
 
-def _expert_group(ep_size: int) -> tuple["distributed.ProcessGroup", str]:
-    """DeepSpeed's expert group of this process, made where it does not stand yet, and its name."""
-    from deepspeed import comm
-    from deepspeed.utils import groups
+def _row_products(experts: Experts, tokens: torch.Tensor, num_chunks: int) -> RowProducts | None:
+    """What multiplies these rows in chunks; None for a backend that takes whole layers only.
 
-    if not comm.is_initialized():
-        raise ValueError("expert parallelism needs process groups: call deepspeed.init_distributed() first")
-    name = f"ep_size_{ep_size}"
-    if name not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(ep_size)
-    return groups._get_expert_parallel_group(name), name
+    Raises:
+        ValueError: if a backend was asked for by name and cannot run on this dtype or these sizes.
+    """
+    name = experts.backend_for(tokens)
+    check_limit(name, tokens, experts.gate_up_proj, experts.down_proj)
+    if name == "triton":
+        from moe.kernels.expert_rows import OVERLAPPED_WAVES, TritonRows
+
+        return TritonRows(waves=OVERLAPPED_WAVES if num_chunks > 1 else 1)
+    return TorchRows(grouped=name == "grouped_mm") if name in ("grouped_mm", "loop") else None
 
 
-def _shard_layer(layer: SparseMoE, group: "distributed.ProcessGroup", group_name: str) -> None:
+def _shard_layer(layer: SparseMoE, group_name: str, num_chunks: int | None) -> None:
+    group = deepspeed_adapter.expert_group(group_name)
     ep_size, rank = distributed.get_world_size(group), distributed.get_rank(group)
     num_local_experts = layer.num_experts // ep_size
     first = rank * num_local_experts
@@ -186,14 +217,9 @@ def _shard_layer(layer: SparseMoE, group: "distributed.ProcessGroup", group_name
         parameter.group_name = group_name  # type: ignore[attr-defined]
         setattr(layer.experts, name, parameter)
     sharded: Any = layer
-    sharded.__class__ = _sharded_class(sharded.__class__)
+    sharded.__class__ = deepspeed_adapter.recognised_class(_ExpertExchange, sharded.__class__)
     sharded.ep_size = ep_size
     sharded.num_local_experts = num_local_experts
     sharded.expert_group_name = group_name
-
-
-@functools.cache
-def _sharded_class(layer_class: type) -> type:
-    from deepspeed.moe.layer import MoE
-
-    return type(f"ExpertParallel{layer_class.__name__}", (_ExpertExchange, layer_class, MoE), {})
+    sharded.num_chunks = num_chunks
+    sharded.clock = None

@@ -90,13 +90,17 @@ class Experts(nn.Module):
         Raises:
             ValueError: if a backend was asked for by name and cannot run on this dtype or these sizes.
         """
-        name = self.backend
-        if name == "auto":
-            name = automatic_backend(hidden_states, self.gate_up_proj, self.down_proj)
-            _say_once(name, hidden_states.device.type, hidden_states.dtype)
-        run = BACKENDS[name].run
+        run = BACKENDS[self.backend_for(hidden_states)].run
         assert run is not None, "check_backend lets no backend without a function through"
         return run(hidden_states, expert_indices, expert_weights, self.gate_up_proj, self.down_proj, self.hidden_act)
+
+    def backend_for(self, hidden_states: torch.Tensor) -> str:
+        """Name of the backend that runs these tokens; says once what "auto" picked."""
+        if self.backend != "auto":
+            return self.backend
+        name = automatic_backend(hidden_states, self.gate_up_proj, self.down_proj)
+        _say_once(name, hidden_states.device.type, hidden_states.dtype)
+        return name
 
     def extra_repr(self) -> str:
         """Shape and backend, for the printed model."""
@@ -149,12 +153,10 @@ def grouped_mm(
     Raises:
         ValueError: for a dtype or sizes that the operation does not take.
     """
-    reason = _grouped_mm_limit(hidden_states, gate_up_proj, down_proj)
-    if reason is not None:
-        raise ValueError(f"experts backend 'grouped_mm' cannot run: {reason}; use 'loop' or 'auto'")
+    check_limit("grouped_mm", hidden_states, gate_up_proj, down_proj)
     rows = sort_by_expert(hidden_states, expert_indices, gate_up_proj.shape[0])
     offsets = rows.ends.to(torch.int32)
-    product = _grouped_mm_function()
+    product = grouped_mm_function()
     # The last offset is the number of rows, so that no row stays uninitialised.
     gate, up = product(rows.values, gate_up_proj.transpose(1, 2), offs=offsets).chunk(2, dim=-1)
     output = product(ACTIVATIONS[hidden_act](gate) * up, down_proj.transpose(1, 2), offs=offsets)
@@ -187,6 +189,18 @@ def check_backend(name: str) -> None:
     reason = BACKENDS[name].missing()
     if reason is not None:
         raise ValueError(f"experts backend {name!r} cannot run: {reason}; use 'auto', 'grouped_mm' or 'loop'")
+
+
+def check_limit(name: str, hidden_states: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> None:
+    """Check that a backend takes these tensors.
+
+    Raises:
+        ValueError: if the backend of this name does not; the message says why.
+    """
+    limits = {"grouped_mm": _grouped_mm_limit, "triton": kernels_backend.limit}
+    reason = limits[name](hidden_states, gate_up_proj, down_proj) if name in limits else None
+    if reason is not None:
+        raise ValueError(f"experts backend {name!r} cannot run: {reason}; use 'loop' or 'auto'")
 
 
 def backend_report() -> dict[str, str | None]:
@@ -290,7 +304,8 @@ class _PermuteRows(torch.autograd.Function):
         return torch.empty_like(grad, memory_format=torch.contiguous_format).scatter_(0, places, grad), None
 
 
-def _grouped_mm_function() -> Callable[..., torch.Tensor]:
+def grouped_mm_function() -> Callable[..., torch.Tensor]:
+    """torch's grouped matrix product, under its public name where it has one."""
     function = getattr(F, "grouped_mm", None)
     return function if function is not None else torch._grouped_mm
 

@@ -12,6 +12,7 @@ import torch
 from torch import distributed, nn
 
 from phi35.config import ModelConfig
+from phi35.registry import resolve
 from phi35.training import checkpoint_files as files
 from phi35.training.checkpoint_files import CheckpointReader, TensorWriter
 from phi35.training.engine import Engine
@@ -163,9 +164,7 @@ def _writes(parameter: Any, environment: Environment) -> bool:
     """Whether this rank writes a tensor: rank 0, or of each part of the experts the first rank that holds it."""
     if getattr(parameter, "allreduce", True):
         return environment.is_main
-    from deepspeed.utils import groups
-
-    return distributed.get_rank(groups._get_expert_data_parallel_group(parameter.group_name)) == 0
+    return distributed.get_rank(resolve("moe.deepspeed_adapter:expert_data_group")(parameter.group_name)) == 0
 
 
 def _random_file(rank: int) -> str:

@@ -191,10 +191,8 @@ def global_gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
     squares = _squares([parameter for parameter in parameters if getattr(parameter, "allreduce", True)])
     experts = [parameter for parameter in parameters if not getattr(parameter, "allreduce", True)]
     for name in sorted({parameter.group_name for parameter in experts}):  # type: ignore[attr-defined]
-        from deepspeed.utils import groups
-
         local = _squares([parameter for parameter in experts if parameter.group_name == name])  # type: ignore[attr-defined]
-        distributed.all_reduce(local, group=groups._get_expert_parallel_group(name))
+        distributed.all_reduce(local, group=resolve("moe.deepspeed_adapter:expert_group")(name))
         squares = squares + local
     return squares.sqrt()
 

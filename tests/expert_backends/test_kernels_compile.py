@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from moe.kernels import decode, grouped_gemm, hopper_gemm, hopper_weights, routing, rows, tuning  # noqa: E402
+from moe.kernels import decode, expert_rows, grouped_gemm, hopper_gemm, hopper_weights, routing, rows, tuning  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") == "1", reason="the interpreter replaces the compiler"
@@ -171,3 +171,10 @@ def test_plan_and_gate_backward(tmp_path: Path) -> None:
     arguments |= dict.fromkeys(("expert_weights", "weights_grad"), "*fp32") | numbers("width")
     constants = {"ACT": "silu", "CHUNK": 1024}
     assert_fits(compiled(rows._gate_backward_kernel, ASTSource, arguments, constants, num_warps=4), tmp_path, None)
+
+
+def test_spread_of_rows_between_processes(tmp_path: Path) -> None:
+    arguments = dict.fromkeys(("values", "arrived", "away"), "*bf16") | {"sources": "*i64"}
+    arguments |= pointers("starts", "counts", "half_experts") | numbers("num_arrived", "width")
+    constants = {"TOP_K": 2, "ALIGN": 64, "CHUNK": 2048}
+    assert_fits(compiled(expert_rows._spread_kernel, ASTSource, arguments, constants, num_warps=4), tmp_path, None)

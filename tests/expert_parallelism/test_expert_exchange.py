@@ -7,17 +7,19 @@ import torch
 from distributed import run_distributed
 
 from moe import expert_parallel
+from moe.experts import Experts, loop
 from moe.layer import SparseMoE
 from phi35 import presets
 from phi35.outputs import RouterOutput
 
 CONFIG = presets.get("tiny-phi-3.5-moe").replace(initializer_range=0.1, router_jitter_noise=0.2)
+WIDE = {"num_local_experts": 8}
 
 
-def forced_routing(expert_indices):
+def forced_routing(expert_indices, num_experts):
     num_tokens = len(expert_indices)
     return RouterOutput(
-        torch.zeros(num_tokens, CONFIG.num_local_experts),
+        torch.zeros(num_tokens, num_experts),
         torch.tensor(expert_indices, dtype=torch.long).reshape(-1, 2),
         torch.ones(num_tokens, 2),
     )
@@ -43,14 +45,27 @@ def relative_error(actual, expected):
     return (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
 
 
+class OwnForward(Experts):
+    """A container that is not run through ``Experts.forward``, as a quantized one would be."""
+
+    def forward(self, hidden_states, expert_indices, expert_weights):
+        return loop(hidden_states, expert_indices, expert_weights, self.gate_up_proj, self.down_proj, self.hidden_act)
+
+
 def compare_with_whole_layer(rank, world_size, cases):
-    """For each (name, ep_size, backend, num_tokens, forced experts): {quantity: error}, and the experts used."""
+    """For each case the errors of every quantity, and the experts used."""
     results = {}
-    for name, ep_size, backend, num_tokens, forced in cases:
+    for name, case in cases.items():
+        config = CONFIG.replace(**{"experts_backend": "grouped_mm", **case.get("config", {})})
+        num_tokens, forced = case["tokens"], case.get("forced")
         torch.manual_seed(0)
-        whole = SparseMoE(CONFIG.replace(experts_backend=backend)).train()
-        layer = expert_parallel.shard(copy.deepcopy(whole), ep_size)
-        routings = [forced_routing(forced[r]) if forced else None for r in range(world_size)]
+        whole = SparseMoE(config).train()
+        if case.get("own_forward"):
+            whole.experts.__class__ = OwnForward
+        if case.get("frozen"):
+            whole.experts.requires_grad_(False)
+        layer = expert_parallel.shard(copy.deepcopy(whole), case["ep"], case.get("chunks"))
+        routings = [forced_routing(forced[r], config.num_local_experts) if forced else None for r in range(world_size)]
         output, token_grad, used = run_layer(layer, rank, num_tokens[rank], routings[rank])
         expected = [run_layer(whole, r, num_tokens[r], routings[r]) for r in range(world_size)]
         errors = {
@@ -59,7 +74,7 @@ def compare_with_whole_layer(rank, world_size, cases):
         }
         torch.distributed.all_reduce(layer.router.weight.grad)
         errors["router"] = relative_error(layer.router.weight.grad, whole.router.weight.grad)
-        for weight in ("gate_up_proj", "down_proj"):
+        for weight in () if case.get("frozen") else ("gate_up_proj", "down_proj"):
             errors[weight] = relative_error(*summed_and_expected(layer, whole, weight))
         results[name] = (errors, used)
     return results
@@ -78,32 +93,76 @@ def summed_and_expected(layer, whole, name):
 
 
 CASES = {
-    2: [
-        ("all work", 2, "grouped_mm", (12, 7), None),
-        ("all work, loop", 2, "loop", (12, 7), None),
-        ("idle rank", 2, "grouped_mm", (5, 3), [[[0, 1]] * 5, [[0, 1]] * 3]),
-        ("idle rank, loop", 2, "loop", (5, 3), [[[0, 1]] * 5, [[0, 1]] * 3]),
-        ("an idle expert on each rank", 2, "grouped_mm", (5, 3), [[[3, 0]] * 5, [[0, 3]] * 3]),
-        ("tokens on rank 0 only", 2, "grouped_mm", (5, 0), [[[2, 3]] * 5, []]),
-        ("tokens on rank 1 only, loop", 2, "loop", (0, 3), [[], [[2, 1]] * 3]),
-    ],
-    4: [
-        ("two copies", 2, "grouped_mm", (12, 7, 1, 9), None),
-        ("one expert a rank", 4, "grouped_mm", (12, 7, 1, 9), None),
-    ],
+    2: {
+        "all work": {"ep": 2, "tokens": (12, 7)},
+        "all work, loop": {"ep": 2, "tokens": (12, 7), "config": {"experts_backend": "loop"}},
+        "gelu": {"ep": 2, "tokens": (12, 7), "chunks": 2, "config": {"hidden_act": "gelu"}},
+        "two chunks": {"ep": 2, "tokens": (12, 7), "chunks": 2},
+        "three chunks of four experts": {"ep": 2, "tokens": (21, 34), "chunks": 3, "config": WIDE},
+        "more chunks than experts": {"ep": 2, "tokens": (21, 34), "chunks": 9, "config": WIDE},
+        "idle rank": {"ep": 2, "tokens": (5, 3), "forced": [[[0, 1]] * 5, [[0, 1]] * 3]},
+        "idle rank, two chunks, loop": {
+            "ep": 2,
+            "tokens": (5, 3),
+            "chunks": 2,
+            "forced": [[[0, 1]] * 5, [[0, 1]] * 3],
+            "config": {"experts_backend": "loop"},
+        },
+        "an idle expert on each rank": {
+            "ep": 2,
+            "tokens": (5, 3),
+            "chunks": 2,
+            "forced": [[[3, 0]] * 5, [[0, 3]] * 3],
+        },
+        "tokens on rank 0 only": {"ep": 2, "tokens": (5, 0), "chunks": 2, "forced": [[[2, 3]] * 5, []]},
+        "tokens on rank 1 only, loop": {
+            "ep": 2,
+            "tokens": (0, 3),
+            "forced": [[], [[2, 1]] * 3],
+            "config": {"experts_backend": "loop"},
+        },
+        "no tokens at all": {"ep": 2, "tokens": (0, 0), "chunks": 2, "forced": [[], []]},
+        "frozen experts": {"ep": 2, "tokens": (12, 7), "chunks": 2, "frozen": True},
+        "another container": {"ep": 2, "tokens": (12, 7), "own_forward": True},
+        "another container, idle rank": {
+            "ep": 2,
+            "tokens": (5, 3),
+            "own_forward": True,
+            "forced": [[[2, 3]] * 5, [[2, 3]] * 3],
+        },
+        "the paper's expert gradient": {
+            "ep": 2,
+            "tokens": (12, 7),
+            "chunks": 2,
+            "config": {"router_type": "sparsemixer-paper"},
+        },
+    },
+    4: {
+        "two copies": {"ep": 2, "tokens": (12, 7, 1, 9), "chunks": 2},
+        "one expert a rank": {"ep": 4, "tokens": (12, 7, 1, 9)},
+        "two experts a rank, two chunks": {"ep": 4, "tokens": (12, 7, 1, 9), "chunks": 2, "config": WIDE},
+        "three idle ranks": {
+            "ep": 4,
+            "tokens": (5, 3, 0, 2),
+            "chunks": 2,
+            "forced": [[[2, 3]] * 5, [[3, 2]] * 3, [], [[2, 3]] * 2],
+            "config": WIDE,
+        },
+    },
 }
 
 
 @pytest.mark.parametrize("world_size", CASES)
 def test_values_and_gradients_equal_a_whole_layer(world_size):
     ranks = run_distributed(compare_with_whole_layer, world_size, CASES[world_size])
-    for name, *_, forced in CASES[world_size]:
+    for name, case in CASES[world_size].items():
         results = [rank[name] for rank in ranks]
         worst = {quantity: max(errors[quantity] for errors, _ in results) for quantity in results[0][0]}
         print(f"{name}: {worst}")
         assert max(worst.values()) <= 1e-6, (name, worst)  # measured 5.6e-7
-        if forced is None:
-            assert len(torch.cat([used for _, used in results]).unique()) == CONFIG.num_local_experts
+        if "forced" not in case:
+            used = torch.cat([used for _, used in results]).unique()
+            assert len(used) == case.get("config", {}).get("num_local_experts", CONFIG.num_local_experts)
 
 
 def inspect_shards(rank, world_size):
@@ -127,7 +186,7 @@ def inspect_shards(rank, world_size):
         meta = expert_parallel.shard(SparseMoE(CONFIG), 2)
     assert meta.experts.gate_up_proj.is_meta and meta.experts.gate_up_proj.shape[0] == 2
     messages = []
-    for arguments in ((model, 2), (SparseMoE(CONFIG), 3), (SparseMoE(CONFIG), 4)):
+    for arguments in ((model, 2), (SparseMoE(CONFIG), 3), (SparseMoE(CONFIG), 4), (SparseMoE(CONFIG), 2, 0)):
         try:
             expert_parallel.shard(*arguments)
         except ValueError as error:
@@ -139,7 +198,8 @@ def test_shards_carry_what_deepspeed_and_checkpoints_need():
     first, second = run_distributed(inspect_shards, 2)
     assert (first[0], second[0]) == ((0, 4), (2, 4))
     assert first[1] == second[1]
-    sharded_twice, three, four = first[1]
+    sharded_twice, three, four, no_chunk = first[1]
+    assert "num_chunks must be at least 1" in no_chunk
     assert "sharded over experts already" in sharded_twice
     assert "ep_size 3 must divide the 4 experts" in three and "ep_size 3 must divide the 2 processes" in three
     assert "ep_size 4 must divide the 2 processes" in four
