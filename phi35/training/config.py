@@ -52,6 +52,8 @@ class TrainingConfig:
         offload: "none", or "optimizer": master weights and moments in host memory.
         ep_size: ranks that share one set of experts; None: the greatest common divisor of ranks and experts
             (1 for dense models and ZeRO-3).
+        sequence_parallel_size: neighbouring ranks that share each row, a stretch of its tokens and a part of the
+            attention heads each (Ulysses), for samples too long for one GPU.
         gradient_checkpointing: what the backward pass computes again: True for each whole layer, "selective" for what
             costs no matrix product (norms and activations).
         kernels: "fused" for Triton kernels where several operations read the same data, "torch" for torch's own;
@@ -103,6 +105,7 @@ class TrainingConfig:
     zero_stage: int | None = None
     offload: str = "none"
     ep_size: int | None = None
+    sequence_parallel_size: int = 1
     gradient_checkpointing: bool | str = False
     kernels: str = "auto"
     compile: bool = False
@@ -133,10 +136,15 @@ class TrainingConfig:
         """Whether no field is left open."""
         return None not in (self.micro_batch_size, self.zero_stage, self.ep_size, self.router_aux_loss_coef)
 
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks, or groups of ranks that share rows, with batches of their own."""
+        return world_size // self.sequence_parallel_size
+
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Forward passes of one rank in one optimizer step."""
-        micro_batch_size = self.micro_batch_size or max(1, self.global_batch_size // world_size)
-        return self.global_batch_size // (micro_batch_size * world_size)
+        size = self.data_parallel_size(world_size)
+        micro_batch_size = self.micro_batch_size or max(1, self.global_batch_size // size)
+        return self.global_batch_size // (micro_batch_size * size)
 
     def replace(self, **changes: Any) -> "TrainingConfig":
         """A copy with some fields changed.
@@ -163,12 +171,19 @@ class TrainingConfig:
         if zero_stage is None:
             # Sharding over one process only copies: the optimizer then works on the gradients where they lie.
             zero_stage = 0 if world_size == 1 and self.offload == "none" else 1
-        if micro_batch_size is None:
-            micro_batch_size = max(1, self.global_batch_size // world_size)
-        if self.global_batch_size % (micro_batch_size * world_size):
+        if world_size % self.sequence_parallel_size:
             problems.append(
-                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size x processes "
-                f"({micro_batch_size} x {world_size})"
+                f"sequence_parallel_size ({self.sequence_parallel_size}) must divide the number of processes "
+                f"({world_size})"
+            )
+        data_parallel_size = max(1, self.data_parallel_size(world_size))
+        if micro_batch_size is None:
+            micro_batch_size = max(1, self.global_batch_size // data_parallel_size)
+        if self.global_batch_size % (micro_batch_size * data_parallel_size):
+            sharing = " that share no rows" if self.sequence_parallel_size > 1 else ""
+            problems.append(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size x processes"
+                f"{sharing} ({micro_batch_size} x {data_parallel_size})"
             )
         if ep_size is None:
             ep_size = math.gcd(world_size, num_experts) if num_experts and zero_stage < 3 else 1

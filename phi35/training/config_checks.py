@@ -62,7 +62,15 @@ def _choice_problems(config: "TrainingConfig") -> Iterator[str]:
 
 
 def _number_problems(config: "TrainingConfig") -> Iterator[str]:
-    for name in ("global_batch_size", "micro_batch_size", "max_steps", "sequence_length", "ep_size", "log_interval"):
+    for name in (
+        "global_batch_size",
+        "micro_batch_size",
+        "max_steps",
+        "sequence_length",
+        "ep_size",
+        "log_interval",
+        "sequence_parallel_size",
+    ):
         value = getattr(config, name)
         if value is not None and value < 1:
             yield f"{name} must be at least 1, got {value}"

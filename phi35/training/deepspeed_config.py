@@ -50,7 +50,8 @@ def to_deepspeed(config: TrainingConfig, world_size: int, device_type: str = "cp
     assert config.is_resolved, "resolve the training config first"
     bfloat16 = config.dtype == "bfloat16"
     rendered: dict[str, Any] = {
-        "train_batch_size": config.global_batch_size,
+        # DeepSpeed takes every rank for one with rows of its own.
+        "train_batch_size": config.global_batch_size * config.sequence_parallel_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps(world_size),
         "gradient_clipping": config.gradient_clipping,

@@ -19,6 +19,7 @@ from phi35.training.mixed_precision import MixedPrecisionAdamW, build_optimizer
 from phi35.training.parameter_groups import part_rates
 from phi35.training.routing import BiasBalancer
 from phi35.training.schedule import learning_rate_factor
+from phi35.training.sequence import share_rows
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Engine:
         import deepspeed
 
         self.config, self.environment, self.model = config, environment, model
+        self.sequence_parallel = share_rows(model, config, environment)
         self.deepspeed_config = to_deepspeed(config, environment.world_size, environment.device.type)
         if deepspeed_file:
             self.deepspeed_config = merge(self.deepspeed_config, deepspeed_file)

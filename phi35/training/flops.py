@@ -14,8 +14,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from phi35.config import ModelConfig
 from phi35.meta_model import meta_model
 from phi35.registry import resolve
@@ -128,17 +126,16 @@ def batch_work(batch: Mapping[str, Any], config: ModelConfig) -> Work:
     """What a batch asks of the model, counted on the host before it leaves for the device.
 
     Args:
-        batch: ``input_ids`` (B, T), and where given ``attention_mask`` (B, T), ``position_ids`` (B, T), in which a
-            packed row's samples each begin with 0, and ``image_sizes`` (N, 2).
+        batch: ``input_ids`` (B, T), and where given ``attention_mask`` (B, T), ``sequence_lengths`` (B, S) of packed
+            rows and ``image_sizes`` (N, 2).
         config: of the model.
     """
     input_ids = batch["input_ids"]
     mask = batch.get("attention_mask")
-    position_ids = batch.get("position_ids")
+    sequence_lengths = batch.get("sequence_lengths")
     lengths: Iterable[int]
-    if position_ids is not None:
-        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-        lengths = _sample_lengths(position_ids, real)
+    if sequence_lengths is not None:
+        lengths = sequence_lengths.flatten().tolist()
     elif mask is not None:
         lengths = mask.bool().sum(dim=1).tolist()
     else:
@@ -193,14 +190,3 @@ def _passes(trained: dict[str, bool]) -> dict[str, int]:
         passes[part] = 1 + before + trained.get(part, False)
     passes["attention"] = 1 + 2 * before
     return passes
-
-
-def _sample_lengths(position_ids: torch.Tensor, real: torch.Tensor) -> list[int]:
-    """Tokens of every sample of packed rows."""
-    lengths: list[int] = []
-    for row, keep in zip(position_ids, real, strict=True):
-        positions = row[keep]
-        starts = (positions == 0).nonzero().flatten().tolist()
-        ends = [*starts[1:], len(positions)]
-        lengths += [end - start for start, end in zip(starts or [0], ends or [len(positions)], strict=True)]
-    return lengths

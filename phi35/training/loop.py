@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import distributed
 
-from phi35.config import ModelConfig
 from phi35.training import checkpoint
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
 from phi35.training.flops import Work, batch_work
-from phi35.training.loss import count_label_tokens
+from phi35.training.loss import count_tokens
 from phi35.training.metrics import Metrics
+from phi35.training.sequence import local_part
 
-HOST_INPUTS = ("image_sizes",)
+HOST_INPUTS = ("image_sizes", "sequence_lengths")
 """Inputs of which the model reads the values: on the device it would have to wait for them."""
 
 
@@ -31,10 +31,9 @@ def run_steps(
     accumulation = config.gradient_accumulation_steps(place.world_size)
     batches = source.compact() if hasattr(source, "compact") else iter(source)
     expand = getattr(source, "expand", None)
-    model_config: Any = engine.model.config
     saved = root / f"step-{first_step:08d}"
     for step in range(first_step, config.max_steps):
-        micro_batches, num_tokens, work = _next_micro_batches(batches, accumulation, place.device, expand, model_config)
+        micro_batches, num_tokens, work = _next_micro_batches(batches, accumulation, engine, expand)
         global_num_tokens = _sum_over_ranks(sum(num_tokens), place)
         learning_rate = engine.set_learning_rate(step)
         result = engine.step(micro_batches, num_tokens, global_num_tokens)
@@ -60,16 +59,20 @@ def run_steps(
 def _next_micro_batches(
     batches: Iterator[dict[str, torch.Tensor]],
     count: int,
-    device: torch.device,
+    engine: Engine,
     expand: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None,
-    model_config: ModelConfig,
 ) -> tuple[list[dict[str, torch.Tensor]], list[int], Work]:
     """``count`` micro-batches on the device, their label tokens and their work, counted before they leave the host."""
     taken, num_tokens, work = [], [], Work()
+    device, shared = engine.environment.device, engine.sequence_parallel
+    model: Any = engine.model
     for _ in range(count):
         batch = next(batches)
-        work += batch_work(batch, model_config)
-        num_tokens.append(count_label_tokens(batch["labels"]))
+        if shared is None or shared.rank == 0:  # ranks that share rows read them whole: count them once
+            work += batch_work(batch, model.config)
+        if shared is not None:
+            batch = local_part(batch, shared, model.config)
+        num_tokens.append(count_tokens(batch))
         moved = {
             name: value if name in HOST_INPUTS else value.to(device, non_blocking=True) for name, value in batch.items()
         }

@@ -10,12 +10,22 @@ from typing import Any
 import torch
 
 from phi35.outputs import CausalLMOutput
+from phi35.packed_attention import ignore_first_tokens
 from phi35.registry import resolve
 
 
-def count_label_tokens(labels: torch.Tensor) -> int:
-    """Labels that count in (B, T): the first of each row predicts nothing, negative ones are ignored."""
+def count_label_tokens(labels: torch.Tensor, sequence_lengths: torch.Tensor | None = None) -> int:
+    """Labels that count in (B, T): nothing predicts the first of a row, or of a packed sample; negative ones do not."""
+    if sequence_lengths is not None:
+        labels = ignore_first_tokens(labels, sequence_lengths)
     return int((labels[:, 1:] >= 0).sum())
+
+
+def count_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens of a micro-batch that the loss counts."""
+    if "targets" in batch:
+        return int((batch["targets"] >= 0).sum())
+    return count_label_tokens(batch["labels"], batch.get("sequence_lengths"))
 
 
 def auxiliary_losses(

@@ -36,6 +36,9 @@ def open_metrics(engine: Engine, model_config: ModelConfig, source: Any, folder:
             config=config.to_dict(),
             wandb_options=config.wandb_options,
         )
+    skips = getattr(source, "skips", None)
+    if skips is not None and engine.sequence_parallel is not None and engine.sequence_parallel.rank:
+        skips = dict  # ranks that share rows leave out the same samples: the first counts them
     peak = config.peak_flops
     if peak is None and place.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(place.device), config.dtype)
@@ -48,5 +51,5 @@ def open_metrics(engine: Engine, model_config: ModelConfig, source: Any, folder:
         trackers=trackers,
         flops=TrainingFlops(model_config, config.freeze),
         peak_flops=peak,
-        skips=getattr(source, "skips", None),
+        skips=skips,
     )

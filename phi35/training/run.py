@@ -21,6 +21,7 @@ from phi35.training.loop import run_steps
 from phi35.training.metrics import Metrics
 from phi35.training.random_state import seed_everything
 from phi35.training.reporting import open_metrics
+from phi35.training.sequence import check_heads
 from phi35.training.trackers import choose_trackers
 
 
@@ -69,6 +70,7 @@ def train(
         router_aux_loss_coef=model_config.router_aux_loss_coef,
     )
     choose_trackers(config.trackers)
+    check_heads(config, model_config)
     folder = Path(config.output_dir)
     reader = checkpoint.open_newest(folder / "checkpoints", place) if config.resume else None
     if reader is not None:
@@ -128,8 +130,8 @@ def _open_data(
     common: dict[str, Any] = {
         "model_config": model_config,
         "processor": processor,
-        "rank": place.rank,
-        "world_size": place.world_size,
+        "rank": place.rank // config.sequence_parallel_size,
+        "world_size": config.data_parallel_size(place.world_size),
         "micro_batch_size": config.micro_batch_size,
         "seed": config.seed,
         "num_workers": config.num_workers,

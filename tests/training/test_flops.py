@@ -95,9 +95,8 @@ def test_padding_counts_nothing_and_packed_samples_do_not_see_each_other():
     mask[1, 6:] = 0
     assert batch_work({"input_ids": ids}, config) == Work(20, 2 * 55)
     assert batch_work({"input_ids": ids, "attention_mask": mask}, config) == Work(16, 55 + 21)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 0, 0, 0, 0, 0]])
-    packed = {"input_ids": ids, "position_ids": positions}
-    assert batch_work(packed, config) == Work(20, 10 + 21 + 3 + 6 + 5)
+    packed = {"input_ids": ids, "sequence_lengths": torch.tensor([[4, 6, 0], [2, 3, 1]])}
+    assert batch_work(packed, config) == Work(16, 10 + 21 + 3 + 6 + 1)
     assert batch_work({**packed, "attention_mask": mask}, config) == Work(16, 10 + 21 + 3 + 6 + 1)
 
 
