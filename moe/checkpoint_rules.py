@@ -34,12 +34,23 @@ RULES = (
         disk=(_LAYER + "block_sparse_moe.experts.{expert}.w2.weight",),
         stack="expert",
     ),
+    # Quantized experts: codes, scales, zero points.
     Rule(
-        memory=_LAYER + "mlp.shared_expert.gate_up_proj.weight",
-        disk=tuple(_LAYER + f"block_sparse_moe.shared_expert.{name}.weight" for name in ("w1", "w3")),
+        memory=_LAYER + "mlp.experts.gate_up_proj_{kind}",
+        disk=tuple(_LAYER + "block_sparse_moe.experts.{expert}." + f"{name}.weight_{{kind}}" for name in ("w1", "w3")),
+        stack="expert",
     ),
     Rule(
-        memory=_LAYER + "mlp.shared_expert.down_proj.weight",
-        disk=(_LAYER + "block_sparse_moe.shared_expert.w2.weight",),
+        memory=_LAYER + "mlp.experts.down_proj_{kind}",
+        disk=(_LAYER + "block_sparse_moe.experts.{expert}.w2.weight_{kind}",),
+        stack="expert",
+    ),
+    Rule(
+        memory=_LAYER + "mlp.shared_expert.gate_up_proj.{kind}",
+        disk=tuple(_LAYER + f"block_sparse_moe.shared_expert.{name}." + "{kind}" for name in ("w1", "w3")),
+    ),
+    Rule(
+        memory=_LAYER + "mlp.shared_expert.down_proj.{kind}",
+        disk=(_LAYER + "block_sparse_moe.shared_expert.w2.{kind}",),
     ),
 )

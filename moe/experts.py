@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from moe import megablocks_backend
 from moe.kernels import backend as kernels_backend
+from phi35.quantization.config import WeightFormat
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,14 @@ class Experts(nn.Module):
         name = automatic_backend(hidden_states, self.gate_up_proj, self.down_proj)
         _say_once(name, hidden_states.device.type, hidden_states.dtype)
         return name
+
+    def quantized_twin(self, one: WeightFormat, scale_dtype: torch.dtype) -> nn.Module:
+        """The same experts with room for weights in few bits, unset; see ``moe.quantized_experts``."""
+        from moe.quantized_experts import QuantizedExperts
+
+        _, two_ffn, hidden_size = self.gate_up_proj.shape
+        with self.gate_up_proj.device:
+            return QuantizedExperts(self.num_experts, hidden_size, two_ffn // 2, one, scale_dtype, self.hidden_act)
 
     def extra_repr(self) -> str:
         """Shape and backend, for the printed model."""

@@ -18,20 +18,18 @@ import dataclasses
 import functools
 import hashlib
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from phi35.checkpoint.reader import StoredTensor, match_headers, read_headers, stored_dtype
-from phi35.checkpoint.rules import CheckpointPlan, Placement, check_repeats
+from phi35.checkpoint.rules import CheckpointPlan, Placement
+from phi35.checkpoint.streaming import StoredWeights, check_space, check_target, copy_companions
 from phi35.checkpoint.writer import DeferredTensor, parse_size, write_json, write_weights
 from phi35.config import ModelConfig
 from phi35.config_io import published_model_type, to_generation_dict, to_hf_dict
-from phi35.loading import HUB_FILES, find_folder, load_config
+from phi35.loading import COMPANION_FILES, find_folder, load_config
 
 ROUTER_INITS = ("normal", "zeros")
 SPARSEMIXER_SCALE = 0.5
@@ -40,7 +38,6 @@ SPARSEMIXER_SCALE = 0.5
 _ROUTER = ".mlp.router.weight"
 _EXPERTS = ".mlp.experts."
 _SHARED = ".mlp.shared_expert."
-_WEIGHTS_AND_CONFIG = {"config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,19 +127,16 @@ def upcycle(
     """
     shard_bytes = parse_size(max_shard_size)
     folder, target = find_folder(source), Path(target).expanduser()
-    if target.exists() and (not target.is_dir() or target.resolve() == folder.resolve()):
-        raise ValueError(f"{target} is {'the source itself' if target.is_dir() else 'a file'}: give another folder")
+    check_target(folder, target)
     dense = load_config(folder)
     sparse = upcycled_config(dense, options)
-    weights = _DenseWeights(folder, dense)
+    weights = StoredWeights(folder, dense)
     tensors = _SparseWeights(sparse, options, weights.tensor).deferred(weights.dtypes)
-    _check_space(target, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+    check_space(target, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     write_weights(target, tensors, shard_bytes)
     write_json(target / "config.json", to_hf_dict(sparse, weights.main_dtype))
     write_json(target / "generation_config.json", to_generation_dict(sparse))
-    for pattern in set(HUB_FILES) - _WEIGHTS_AND_CONFIG:
-        for file in folder.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+    copy_companions(folder, target, COMPANION_FILES)
     return sparse
 
 
@@ -171,47 +165,6 @@ def upcycled_config(dense: ModelConfig, options: UpcyclingOptions) -> ModelConfi
         short, long = sparse.rope_attention_scaling
         scaling = dataclasses.replace(scaling, short_mscale=short, long_mscale=long)
     return sparse.replace(model_type=published_model_type(sparse), rope_scaling=scaling)
-
-
-class _DenseWeights:
-    """The source's tensors under their memory names, read one at a time.
-
-    Raises:
-        ValueError: if the checkpoint does not fit its config.
-    """
-
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
-        self.plan = CheckpointPlan(config)
-        self.stored: Mapping[str, StoredTensor] = read_headers(folder)
-        self.main_dtype = stored_dtype(self.stored)
-        match = match_headers(self.plan, self.stored, folder)
-        self._parts: dict[str, list[Placement]] = {}
-        for placement in match.load:
-            self._parts.setdefault(placement.memory_name, []).append(placement)
-        check_repeats(
-            p.disk_name for p in match.verify if not torch.equal(p.view(self.tensor(p.memory_name)), self._read(p))
-        )
-
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Memory name to dtype as stored."""
-        return {name: self.stored[parts[0].disk_name].dtype for name, parts in self._parts.items()}
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The memory tensor ``name``, put together from what the disk holds."""
-        parts = self._parts[name]
-        if parts == [Placement(name, name)]:
-            return self._read(parts[0])
-        whole = torch.empty(self.plan.shapes[name], dtype=self.stored[parts[0].disk_name].dtype)
-        for part in parts:
-            part.view(whole).copy_(self._read(part))
-        return whole
-
-    def _read(self, placement: Placement) -> torch.Tensor:
-        file = self.stored[placement.disk_name].file
-        # Opened for each tensor: an open shard keeps the pages that it has read.
-        with safe_open(str(file), framework="pt", device="cpu") as shard:
-            return shard.get_tensor(placement.disk_name)
 
 
 class _SparseWeights:
@@ -307,12 +260,3 @@ class _SparseWeights:
             self._kept.pop(kind, None)
             self._kept[kind] = (key, make())
         return self._kept[kind][1]
-
-
-def _check_space(target: Path, needed: int) -> None:
-    existing = target
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise ValueError(f"the sparse weights take {needed:,} bytes and {existing} has {free:,} free")

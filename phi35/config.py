@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from phi35.quantization.config import QuantizationConfig
+
 ROPE_TYPES = ("longrope", "su", "yarn")
 """Spellings of LongRoPE in published configs (``su`` and ``yarn`` are older names of the same computation)."""
 
@@ -134,6 +136,7 @@ class ModelConfig:
         dense_intermediate_size: width of the dense layers between sparse ones; None takes ``intermediate_size``.
         shared_expert_intermediate_size: width of a dense expert that every token passes in every sparse layer,
             added to the routed ones; 0 for none.
+        quantization: which weights are held in few bits; None for none.
 
     Raises:
         ValueError: on any inconsistent field, all of them named at once.
@@ -178,6 +181,7 @@ class ModelConfig:
     shared_expert_intermediate_size: int = 0
     experts_backend: str = "auto"
     vision: VisionConfig | None = None
+    quantization: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop_token_ids, list):

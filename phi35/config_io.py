@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from phi35.config import ROPE_TYPES, ModelConfig, RopeScaling, VisionConfig
+from phi35.quantization import config as quantization
 
 ARCHITECTURES = {"phi3": "Phi3ForCausalLM", "phimoe": "PhiMoEForCausalLM", "phi3_v": "Phi3VForCausalLM"}
 """Class names as the published checkpoints spell them."""
@@ -58,7 +59,7 @@ _KEYS = {
     ],
 }
 _RENAMED = {"phimoe": {"resid_pdrop": "hidden_dropout"}}
-_NOT_STORED = {"model_type", "rope_scaling", "vision", "experts_backend", "head_dim"}
+_NOT_STORED = {"model_type", "rope_scaling", "vision", "experts_backend", "head_dim", "quantization"}
 _EMBEDDING_LAYER = {
     "embedding_cls": "image",
     "hd_transform_order": "sub_glb",
@@ -83,14 +84,12 @@ def from_hf_dict(
 
     Raises:
         ValueError: for an architecture outside the family, contradictory or unsupported rotary fields, quantized
-            weights, or inconsistent sizes.
+            weights that another program made, or inconsistent sizes.
     """
     model_type = _model_type(data)
-    if data.get("quantization_config"):
-        raise ValueError(
-            "config.json has a quantization_config: quantized checkpoints cannot be loaded, only originals"
-        )
     values = dict(_DEFAULTS[model_type])
+    if data.get("quantization_config"):
+        values["quantization"] = quantization.from_entry(data["quantization_config"])
     renamed = _RENAMED.get(model_type, {})
     for field in dataclasses.fields(ModelConfig):
         key = renamed.get(field.name, field.name)
@@ -137,6 +136,8 @@ def to_hf_dict(config: ModelConfig, dtype: torch.dtype | str = torch.bfloat16) -
         result["output_router_logits"] = False
     result["torch_dtype"] = str(dtype).removeprefix("torch.")
     result["use_cache"] = True
+    if config.quantization is not None:
+        result["quantization_config"] = quantization.to_entry(config.quantization)
     return dict(sorted(result.items()))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phi35 import presets
-from phi35.checkpoint.reader import fill, match_headers, read_headers, stored_dtype
+from phi35.checkpoint.reader import check_dtypes, fill, match_headers, read_headers, stored_dtype
 from phi35.checkpoint.rules import CheckpointPlan, state_shapes, to_disk
 from phi35.checkpoint.writer import parse_size, write_json, write_weights
 from phi35.config import ModelConfig
@@ -37,6 +37,11 @@ HUB_FILES = (
     "processor_config.json",
 )
 """What is fetched of a hub repository: never code, never pickled weights."""
+
+COMPANION_FILES = tuple(
+    name for name in HUB_FILES if "safetensors" not in name and name not in ("config.json", "generation_config.json")
+)
+"""Files beside weights and config that a conversion copies as they are."""
 
 
 def load(
@@ -67,6 +72,7 @@ def load(
     model = meta_model(config)
     stored = read_headers(folder)
     match = match_headers(CheckpointPlan(config, state_shapes(config, model.state_dict())), stored, folder)
+    check_dtypes(match, stored, model.state_dict())
     model = _allocate(
         model, picked_device, stored_dtype(stored) if dtype == "auto" else pick_dtype(dtype, picked_device)
     )

@@ -44,6 +44,8 @@ class CausalLM(nn.Module):
         self.model = Decoder(config)
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.tie_weights()
+        if config.quantization is not None:
+            resolve("phi35.quantization.modules:quantize_structure")(self, config)
 
     def tie_weights(self) -> None:
         """Point the head at the embedding where the config ties them."""
@@ -65,13 +67,13 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the embedding, where inputs belong."""
-        return self.model.embed_tokens.weight.device
+        """Device of the decoder's final norm, where inputs belong."""
+        return self.model.norm.get_parameter("weight").device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the embedding."""
-        return self.model.embed_tokens.weight.dtype
+        """Dtype of the decoder's final norm, which is never quantized."""
+        return self.model.norm.get_parameter("weight").dtype
 
     def forward(
         self,
@@ -188,9 +190,14 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw all parameters anew: norms 1, biases 0, all else normal with ``initializer_range``."""
+        """Draw all parameters anew: norms 1, biases 0, all else normal with ``initializer_range``.
+
+        Quantized weights get random codes of that deviation.
+        """
         done: set[int] = set()
         for module in self.modules():
+            if callable(draw_codes := getattr(module, "draw_codes", None)):
+                draw_codes(self.config.initializer_range, generator)
             if isinstance(module, RMSNorm | nn.LayerNorm):
                 module.weight.fill_(1.0)
                 done.add(id(module.weight))

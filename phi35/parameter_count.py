@@ -37,6 +37,12 @@ def count_parameters(model: CausalLM | ModelConfig) -> ParameterCount:
     if isinstance(model, ModelConfig):
         model = meta_model(model)
     config = model.config
+    if config.quantization is not None:
+        # Packed weights are no parameters: those that they stand for are counted.
+        plain = count_parameters(config.replace(quantization=None))
+        return ParameterCount(
+            plain.total, plain.active, trainable=_sum(p for p in model.parameters() if p.requires_grad)
+        )
     total = _sum(model.parameters())
     experts = _sum(parameter for name, parameter in model.named_parameters() if ".mlp.experts." in name)
     idle = experts * (config.num_local_experts - config.num_experts_per_tok) // max(config.num_local_experts, 1)

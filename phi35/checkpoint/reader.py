@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from phi35.checkpoint.rules import CheckpointPlan, Match, check_repeats
+from phi35.checkpoint.rules import CheckpointPlan, Match, check_repeats, listed
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,6 +25,7 @@ SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_QUANTIZED_DTYPES = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,27 @@ def match_headers(plan: CheckpointPlan, stored: Mapping[str, StoredTensor], fold
     return plan.match({name: tensor.shape for name, tensor in stored.items()}, source=f"checkpoint {folder}")
 
 
+def check_dtypes(match: Match, stored: Mapping[str, StoredTensor], state: Mapping[str, torch.Tensor]) -> None:
+    """Check that codes go to codes and numbers to numbers.
+
+    Args:
+        match: from ``match_headers``.
+        stored: from ``read_headers``.
+        state: memory name -> tensor of the model, on any device.
+
+    Raises:
+        ValueError: if a quantized tensor has another dtype than the config says, or a plain one holds codes.
+    """
+    wrong = []
+    for placement in (*match.load, *match.verify):
+        found, wanted = stored[placement.disk_name].dtype, state[placement.memory_name].dtype
+        plain = wanted in _DTYPES.values() and not placement.memory_name.endswith("_scale")
+        if found not in _DTYPES.values() if plain else found != wanted:
+            wrong.append(f"{placement.disk_name} is {found}, expected {'plain numbers' if plain else wanted}")
+    if wrong:
+        raise ValueError(f"the checkpoint's tensors are not of the kind its config says: {listed(wrong)}")
+
+
 def fill(model: torch.nn.Module, match: Match, stored: Mapping[str, StoredTensor]) -> None:
     """Copy stored tensors into the parameters of an allocated model, on their device and in their dtype.
 
@@ -105,8 +127,18 @@ def fill(model: torch.nn.Module, match: Match, stored: Mapping[str, StoredTensor
 
 
 def stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
-    """The dtype of most of a checkpoint's tensors."""
-    dtypes = [tensor.dtype for tensor in stored.values()]
+    """The dtype of most of a checkpoint's tensors, codes and scales of quantized weights left out.
+
+    Raises:
+        ValueError: if no tensor holds plain numbers.
+    """
+    dtypes = [
+        tensor.dtype
+        for name, tensor in stored.items()
+        if tensor.dtype in _DTYPES.values() and not name.endswith("_scale")
+    ]
+    if not dtypes:
+        raise ValueError(f"the checkpoint holds no tensor of {sorted(_DTYPES)}, as the norms of any model are")
     return max(set(dtypes), key=dtypes.count)
 
 
@@ -166,11 +198,13 @@ def _header(file: Path) -> dict[str, StoredTensor]:
     with _opened(file) as shard:
         for name in shard.keys():  # noqa: SIM118  (safe_open is no mapping)
             piece = shard.get_slice(name)
-            if piece.get_dtype() not in _DTYPES:
+            dtype = (_DTYPES | _QUANTIZED_DTYPES).get(piece.get_dtype())
+            if dtype is None:
                 raise ValueError(
-                    f"tensor {name!r} in {file} is stored as {piece.get_dtype()}: only {sorted(_DTYPES)} are read"
+                    f"tensor {name!r} in {file} is stored as {piece.get_dtype()}: only "
+                    f"{sorted(_DTYPES | _QUANTIZED_DTYPES)} are read"
                 )
-            header[name] = StoredTensor(file, tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
+            header[name] = StoredTensor(file, tuple(piece.get_shape()), dtype)
     return header
 
 

@@ -112,6 +112,7 @@ class Match:
 
 BASE_RULES: tuple[Rule | Ignore, ...] = (
     Ignore(disk="model.layers.{layer}.self_attn.rotary_emb.inv_freq", reason="rotary tables follow from the config"),
+    Ignore(disk="{rest}.weight_shape", reason="the shape of a packed weight follows from the config"),
 )
 TIED_RULES: tuple[Rule | Ignore, ...] = (
     Rule(memory="model.embed_tokens.weight", disk=("model.embed_tokens.weight",)),
@@ -214,7 +215,7 @@ class CheckpointPlan:
             if tuple(disk[p.disk_name]) != self.disk_shape(p)
         ]
         problems = [
-            f"{len(names)} {kind}: {_listed(names)}"
+            f"{len(names)} {kind}: {listed(names)}"
             for kind, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
             if names
         ]
@@ -272,7 +273,8 @@ def to_disk(config: ModelConfig, memory_state: Mapping[str, torch.Tensor]) -> di
         memory_state: a full state dict of the model.
 
     Returns:
-        disk name -> view of the memory tensor (nothing is copied); a tied head is left out.
+        disk name -> view of the memory tensor (nothing is copied); a tied head is left out. Packed weights have
+        their shapes beside them.
 
     Raises:
         ValueError: if tensors are missing, unknown or misshapen (all listed).
@@ -287,9 +289,10 @@ def to_disk(config: ModelConfig, memory_state: Mapping[str, torch.Tensor]) -> di
         if name in shapes and shapes[name] != shape
     ]
     if problems:
-        raise ValueError(f"the state does not fit the config: {_listed(problems)}")
+        raise ValueError(f"the state does not fit the config: {listed(problems)}")
     plan = CheckpointPlan(config, shapes)
-    return {p.disk_name: p.view(memory_state[p.memory_name]) for p in plan.written()}
+    state = {p.disk_name: p.view(memory_state[p.memory_name]) for p in plan.written()}
+    return state if config.quantization is None else state | resolve("phi35.quantization.names:packed_shapes")(plan)
 
 
 def check_repeats(different: Iterable[str]) -> None:
@@ -297,7 +300,7 @@ def check_repeats(different: Iterable[str]) -> None:
     names = list(different)
     if names:
         raise ValueError(
-            f"the checkpoint holds a tensor twice with different values: {_listed(names)}; with "
+            f"the checkpoint holds a tensor twice with different values: {listed(names)}; with "
             "tie_word_embeddings=true the head must equal the embedding: set it to false to keep both"
         )
 
@@ -322,6 +325,10 @@ def _placements(rule: Rule, match: re.Match[str], shape: tuple[int, ...], config
     else:
         count = len(rule.disk)
         sizes = rule.sizes(config) if rule.sizes else (inner[dim] // count,) * count
+        words = sum(sizes) // inner[dim]
+        if match.string.endswith("_zero_point") and not any(size % words for size in sizes):
+            # Zero points of quantized weights are packed along the rows, several to a word.
+            sizes = tuple(size // words for size in sizes)
         if sum(sizes) != inner[dim]:
             raise ValueError(f"{match.string} has size {inner[dim]} along dim {dim}, its parts add up to {sum(sizes)}")
         windows = [(dim, sum(sizes[:part]), sizes[part]) for part in range(count)]
@@ -335,6 +342,7 @@ def _placements(rule: Rule, match: re.Match[str], shape: tuple[int, ...], config
     return placements
 
 
-def _listed(names: list[str], limit: int = 40) -> str:
+def listed(names: list[str], limit: int = 40) -> str:
+    """Names for a message, the first of them where there are many."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, … and {len(names) - limit} more"

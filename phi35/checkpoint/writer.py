@@ -26,6 +26,7 @@ _DTYPE_NAMES = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.bool: "BOOL",
 }
 
@@ -127,11 +128,36 @@ def write_safetensors(path: Path, tensors: Mapping[str, Writable], metadata: Map
     unknown = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in _DTYPE_NAMES}
     if unknown:
         raise ValueError(f"cannot write these dtypes as safetensors: {unknown}")
-    # Widest elements first, so that each tensor starts at a multiple of its element size.
-    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    text = _header(tensors, metadata)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in _ordered(tensors):
+            flat = _made(name, tensors[name]).detach().to("cpu").contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def checkpoint_bytes(tensors: Mapping[str, Writable], max_shard_size: int | str = "5GB") -> int:
+    """Bytes of the files that ``write_weights`` would write, headers included, the index left out; nothing is made."""
+    total = 0
+    for shard in plan_shards(tensors, parse_size(max_shard_size)):
+        part = {name: tensors[name] for name in shard}
+        total += 8 + len(_header(part, {"format": "pt"}))
+        total += sum(tensor.numel() * tensor.element_size() for tensor in part.values())
+    return total
+
+
+def _ordered(tensors: Mapping[str, Writable]) -> list[str]:
+    """Widest elements first, so that each tensor starts at a multiple of its element size."""
+    return sorted(tensors, key=lambda name: -tensors[name].element_size())
+
+
+def _header(tensors: Mapping[str, Writable], metadata: Mapping[str, str] | None) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name in ordered:
+    for name in _ordered(tensors):
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
@@ -141,15 +167,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Writable], metadata: Map
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in ordered:
-            flat = _made(name, tensors[name]).detach().to("cpu").contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+    return text + b" " * (-len(text) % 8)
 
 
 def _made(name: str, tensor: Writable) -> torch.Tensor:

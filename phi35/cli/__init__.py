@@ -14,6 +14,7 @@ def main() -> None:
     from phi35.cli.generate import generate
     from phi35.cli.plot import plot
     from phi35.cli.presets import presets
+    from phi35.cli.quantize import quantize
     from phi35.cli.upcycle import upcycle
 
     app = typer.Typer(
@@ -22,7 +23,7 @@ def main() -> None:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (generate, chat, presets, convert, upcycle, plot, doctor):
+    for command in (generate, chat, presets, convert, quantize, upcycle, plot, doctor):
         app.command()(command)
     app.add_typer(eval_app, name="eval", help="Evaluate a model on data at hand.")
     try:

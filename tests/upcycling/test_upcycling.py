@@ -14,10 +14,11 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import phi35
-from moe.upcycling import UpcyclingOptions, _DenseWeights, _SparseWeights, upcycle, upcycled_config
+from moe.upcycling import UpcyclingOptions, _SparseWeights, upcycle, upcycled_config
 from phi35 import presets
 from phi35.api import SMALL_MODEL
 from phi35.checkpoint.rules import CheckpointPlan
+from phi35.checkpoint.streaming import StoredWeights
 from phi35.checkpoint.writer import write_weights
 from phi35.config_io import from_hf_dict, to_hf_dict
 from phi35.loading import load_config, load_processor
@@ -166,7 +167,7 @@ def test_the_published_mini_keeps_its_function_fields():
 
 def test_weights_pass_through_memory_one_tensor_at_a_time(dense, tmp_path):
     folder, _, _ = dense
-    weights = _DenseWeights(folder, load_config(folder))
+    weights = StoredWeights(folder, load_config(folder))
     config = upcycled_config(load_config(folder), UpcyclingOptions(num_experts=4))
     tensors = _SparseWeights(config, UpcyclingOptions(num_experts=4, noise=0.1), weights.tensor).deferred(
         weights.dtypes

@@ -1,0 +1,99 @@
+"""Products with quantized weights: which way they run, and their gradient.
+
+``quantized_linear`` is the one entry. It needs no host synchronisation on a GPU and can be captured. Where no kernel
+takes the tensors, blocks of rows are restored one after the other and multiplied, so that the whole weight never
+exists beside its codes.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from phi35.quantization.codes import QuantizedTensor, dequantize
+
+BLOCK_VALUES = 2**22
+"""Weights that the plain way restores at once."""
+
+
+def quantized_linear(
+    hidden_states: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Product with a quantized weight.
+
+    Args:
+        hidden_states: (..., columns), any floating dtype.
+        weight: (rows, columns).
+        bias: (rows,) or None.
+
+    Returns:
+        (..., rows) in the dtype of ``hidden_states``; sums over a row are taken in float32 by the kernels.
+    """
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        out = _Product.apply(flat, weight)
+        out = out if bias is None else out + bias
+    else:
+        out = product(flat, weight, bias)
+    return out.view(*hidden_states.shape[:-1], -1)
+
+
+def quantized_embedding(input_ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows (..., columns) of a quantized weight, restored in ``dtype``, at ids (...)."""
+    ids, one = input_ids.reshape(-1), weight.format
+    # fp8 is indexed as bytes: not every device indexes it.
+    picked = {
+        suffix: tensor.view(torch.uint8)[ids].view(tensor.dtype) if tensor.element_size() == 1 else tensor[ids]
+        for suffix, tensor in weight.tensors().items()
+        if suffix != "_zero_point"
+    }
+    zeros = None
+    if weight.zero_point is not None:
+        words = weight.zero_point[ids // one.per_word]
+        zeros = words >> (ids % one.per_word * one.bits)[:, None] & ((1 << one.bits) - 1)
+    return dequantize(QuantizedTensor.of(one, picked), dtype, zeros).view(*input_ids.shape, -1)
+
+
+def product(hidden_states: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(N, columns) times a quantized weight (rows, columns), without gradients."""
+    return plain_product(hidden_states, weight, bias)
+
+
+def plain_product(
+    hidden_states: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The same on any device and in any dtype, block of rows by block of rows."""
+    rows, columns = weight.shape
+    out = hidden_states.new_empty((hidden_states.shape[0], rows))
+    step = _block(rows, columns, weight.format.per_word)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        part = dequantize(weight.rows(start, stop), hidden_states.dtype)
+        out[:, start:stop] = F.linear(hidden_states, part, None if bias is None else bias[start:stop])
+    return out
+
+
+def _block(rows: int, columns: int, multiple: int) -> int:
+    return min(rows, max(1, BLOCK_VALUES // columns // multiple) * multiple)
+
+
+class _Product(torch.autograd.Function):
+    """The product, whose gradient goes to the input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
+        ctx.weight = weight
+        return product(hidden_states, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad, weight = grads[0], ctx.weight
+        rows, columns = weight.shape
+        total = torch.zeros((grad.shape[0], columns), dtype=torch.float32, device=grad.device)
+        step = _block(rows, columns, weight.format.per_word)
+        for start in range(0, rows, step):
+            part = dequantize(weight.rows(start, start + step), grad.dtype)
+            total += grad[:, start : start + step] @ part
+        return total.to(grad.dtype), None
