@@ -17,6 +17,8 @@ SLOTS = {
     "presets.sparse": "moe.presets:PRESETS",
     "presets.vision": "vision.presets:PRESETS",
     "experts.backend_report": "moe.experts:backend_report",
+    "decoding.sparse": "moe.kernels.decode_step:add_sparse_feed_forward",
+    "decoding.sparse_limit": "moe.kernels.decode_step:limit",
     "upcycling.run": "moe.upcycling:upcycle",
     "upcycling.options": "moe.upcycling:UpcyclingOptions",
     "tower.open_clip": "vision.open_clip_weights:import_tower",

@@ -1,1 +1,1 @@
-"""Triton kernels of the base decoder and its training. Modules here import Triton; nothing imports them before use."""
+"""Triton kernels of the base decoder: training, and the decoding step. What imports Triton is imported when used."""

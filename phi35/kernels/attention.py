@@ -1,0 +1,272 @@
+"""Attention of one new token a row over a preallocated cache, the keys of a head split over programs.
+
+Flash-decoding: each program takes a range of a row's keys, and the program of a head that finishes last adds the
+parts, so that no further kernel is needed. Lengths are read on the device; the number of splits is fixed, so that the
+launch does not depend on them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from phi35.kernels.common import launch_options, prefetch, wait_for_predecessor
+from phi35.kernels.configs import AttentionConfig
+
+PREFETCHED_LINES = 256
+"""Cache lines of keys, and as many of values, that a program asks for before it waits."""
+
+
+class AttentionScratch:
+    """What the parts of a head leave for the last program: float32 sums, scales, and arrival counts (zero between)."""
+
+    def __init__(self, batch: int, num_kv: int, group: int, head_dim: int, splits: int, device: torch.device) -> None:
+        parts = batch * num_kv * splits * group
+        self.sums = torch.empty(parts * head_dim, dtype=torch.float32, device=device)
+        self.scales = torch.empty(parts * 2, dtype=torch.float32, device=device)
+        self.arrived = torch.zeros(batch * num_kv, dtype=torch.int32, device=device)
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    out: torch.Tensor,
+    scratch: AttentionScratch,
+    sliding_window: int | None,
+    config: AttentionConfig,
+    pdl: bool,
+) -> None:
+    """Attend from one token a row, whose own key and value are already stored.
+
+    Args:
+        query: (B, H d), rotated.
+        keys: (B, K, slots, d).
+        values: like ``keys``.
+        lengths: (B,) int64, slot of each row's new token; a longer row reads as a full one.
+        out: (B, H d), written.
+        scratch: made for the same sizes and splits.
+        sliding_window: keys a token sees, itself among them; None for all.
+        config: shape of a program.
+        pdl: launch programmatically.
+    """
+    batch, num_kv, slots, head_dim = keys.shape
+    group = query.shape[1] // head_dim // num_kv
+    _attend_kernel[(config.splits, num_kv, batch)](
+        query,
+        keys,
+        values,
+        lengths,
+        out,
+        scratch.sums,
+        scratch.scales,
+        scratch.arrived,
+        slots - 1,
+        head_dim**-0.5,
+        NUM_KV=num_kv,
+        GROUP=group,
+        PADDED_GROUP=max(16, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim,
+        PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
+        SPLITS=config.splits,
+        PADDED_SPLITS=triton.next_power_of_2(config.splits),
+        BLOCK=config.block,
+        STAGES=config.num_stages,
+        WINDOW=sliding_window if sliding_window is not None and sliding_window < slots else 0,
+        LINES=PREFETCHED_LINES,
+        **launch_options(config.num_warps, pdl),
+    )
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _attend_kernel(  # type: ignore[no-untyped-def]
+    query,
+    keys,
+    values,
+    lengths,
+    out,
+    sums,
+    scales,
+    arrived,
+    capacity,
+    softmax_scale,
+    NUM_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PADDED_SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    LINES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Written by the sampler at the end of the previous step.
+    total = tl.minimum(tl.load(lengths + row), capacity).to(tl.int32) + 1
+    first = tl.maximum(total - WINDOW, 0) if WINDOW else 0
+    share = tl.cdiv(tl.cdiv(total - first, SPLITS), BLOCK) * BLOCK
+    start = first + split * share
+    end = tl.minimum(start + share, total)
+    place = row.to(tl.int64) * NUM_KV + head
+    offset = place * (capacity + 1) * HEAD_DIM
+    if PDL:
+        num_bytes = (end - start) * (HEAD_DIM * keys.dtype.element_ty.primitive_bitwidth // 8)
+        prefetch(keys + offset + start * HEAD_DIM, num_bytes, LINES)
+        prefetch(values + offset + start * HEAD_DIM, num_bytes, LINES)
+    wait_for_predecessor(PDL)
+    query_at = query + place * GROUP * HEAD_DIM
+    scale = softmax_scale * 1.4426950408889634
+    if GROUP == 1:
+        best, weight, summed = _attend_one(
+            query_at, keys + offset, values + offset, start, end, scale, HEAD_DIM, PADDED_DIM, BLOCK, STAGES
+        )
+    else:
+        best, weight, summed = _attend_group(
+            query_at,
+            keys + offset,
+            values + offset,
+            start,
+            end,
+            scale,
+            GROUP,
+            PADDED_GROUP,
+            HEAD_DIM,
+            PADDED_DIM,
+            BLOCK,
+            STAGES,
+        )
+    members = tl.arange(0, 1 if GROUP == 1 else PADDED_GROUP)
+    dims = tl.arange(0, PADDED_DIM)
+    mask = (members < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    if SPLITS == 1:
+        at = (place * GROUP + members)[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(out + at, (summed / weight[:, None]).to(out.dtype.element_ty), mask=mask)
+    else:
+        part = (place * SPLITS + split) * GROUP + members
+        tl.store(sums + part[:, None] * HEAD_DIM + dims[None, :], summed, mask=mask)
+        tl.store(scales + part * 2, best, mask=members < GROUP)
+        tl.store(scales + part * 2 + 1, weight, mask=members < GROUP)
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived + place, 1, sem="acq_rel", scope="gpu")
+        if before == SPLITS - 1:
+            tl.store(arrived + place, 0)
+            _add_parts(out, sums, scales, place, GROUP, HEAD_DIM, PADDED_DIM, SPLITS, PADDED_SPLITS)
+
+
+@triton.jit
+def _attend_one(  # type: ignore[no-untyped-def]
+    query_at,
+    keys_at,
+    values_at,
+    start,
+    end,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One query of a head of its own: maximum (1,), sum of weights (1,) and weighted values (1, d), base 2.
+
+    Each of the BLOCK lanes of keys keeps a running softmax of its own, so that the loop needs no exchange between
+    them; they are joined once at the end.
+    """
+    dims = tl.arange(0, PADDED_DIM)
+    inside_dims = (dims < HEAD_DIM)[None, :]
+    lanes = tl.arange(0, BLOCK)
+    scaled = tl.load(query_at + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32) * scale
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    weight = tl.zeros((BLOCK,), tl.float32)
+    summed = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
+    for step in tl.range(start, end, BLOCK, num_stages=STAGES):
+        slots = step + lanes
+        inside = slots < end
+        at = slots[:, None] * HEAD_DIM + dims[None, :]
+        mask = inside[:, None] & inside_dims
+        key = tl.load(keys_at + at, mask=mask, other=0.0)
+        value = tl.load(values_at + at, mask=mask, other=0.0)
+        score = tl.sum(key.to(tl.float32) * scaled[None, :], axis=1)
+        score = tl.where(inside, score, float("-inf"))
+        higher = tl.maximum(best, score)
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(best - finite)
+        chance = tl.exp2(score - finite)
+        weight = weight * shrink + chance
+        summed = summed * shrink[:, None] + chance[:, None] * value.to(tl.float32)
+        best = higher
+    top = tl.max(best, axis=0)
+    shrink = tl.exp2(best - tl.where(top == float("-inf"), 0.0, top))
+    joined = tl.sum(summed * shrink[:, None], axis=0)
+    one = tl.zeros((1,), tl.float32)
+    return one + top, one + tl.sum(weight * shrink, axis=0), joined[None, :]
+
+
+@triton.jit
+def _attend_group(  # type: ignore[no-untyped-def]
+    query_at,
+    keys_at,
+    values_at,
+    start,
+    end,
+    scale,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The queries that share a head of keys, on the matrix units: maxima (g,), sums (g,), weighted values (g, d)."""
+    members, dims, lanes = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK)
+    mask = (members < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    queries = tl.load(query_at + members[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+    best = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
+    weight = tl.zeros((PADDED_GROUP,), tl.float32)
+    summed = tl.zeros((PADDED_GROUP, PADDED_DIM), tl.float32)
+    for step in tl.range(start, end, BLOCK, num_stages=STAGES):
+        slots = step + lanes
+        inside = slots < end
+        real = inside[:, None] & (dims < HEAD_DIM)[None, :]
+        at = slots[:, None] * HEAD_DIM + dims[None, :]
+        key = tl.load(keys_at + at, mask=real, other=0.0)
+        value = tl.load(values_at + at, mask=real, other=0.0)
+        score = tl.dot(queries, tl.trans(key)) * scale
+        score = tl.where(inside[None, :], score, float("-inf"))
+        # The first key of a step is always inside, so that no maximum stays infinite.
+        higher = tl.maximum(best, tl.max(score, axis=1))
+        shrink = tl.exp2(best - higher)
+        chance = tl.exp2(score - higher[:, None])
+        weight = weight * shrink + tl.sum(chance, axis=1)
+        summed = tl.dot(chance.to(value.dtype), value, summed * shrink[:, None])
+        best = higher
+    return best, weight, summed
+
+
+@triton.jit
+def _add_parts(  # type: ignore[no-untyped-def]
+    out,
+    sums,
+    scales,
+    place,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PADDED_SPLITS: tl.constexpr,
+):
+    """Add the parts of a head; the reads go past the first-level cache, which may hold older values."""
+    dims, parts = tl.arange(0, PADDED_DIM), tl.arange(0, PADDED_SPLITS)
+    for member in tl.static_range(GROUP):
+        part = (place * SPLITS + parts) * GROUP + member
+        real = parts < SPLITS
+        best = tl.load(scales + part * 2, mask=real, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.load(scales + part * 2 + 1, mask=real, other=0.0, cache_modifier=".cg")
+        mask = real[:, None] & (dims < HEAD_DIM)[None, :]
+        part_sums = tl.load(sums + part[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        shrink = tl.exp2(best - tl.max(best, axis=0))
+        total = tl.sum(part_sums * shrink[:, None], axis=0) / tl.sum(weight * shrink, axis=0)
+        at = (place * GROUP + member) * HEAD_DIM + dims
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=dims < HEAD_DIM)

@@ -1,0 +1,109 @@
+"""A batch of tokens: what stands between the matrix products of a decoding step, which go through cuBLAS."""
+
+import torch
+import triton
+import triton.language as tl
+
+from phi35.kernels.common import activate
+from phi35.kernels.operands import Rope
+
+
+def rotate_and_store(
+    projected: torch.Tensor,
+    rope: Rope,
+    lengths: torch.Tensor,
+    rope_long: torch.Tensor,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Rotate queries and keys at position ``lengths`` of their row and store keys and values in that slot.
+
+    Args:
+        projected: (B, W), queries, then keys, then values, bias included.
+        rope: rotary tables.
+        lengths: (B,) int64.
+        rope_long: (B,) bool.
+        query: (B, H d), written.
+        keys: (B, K, slots, d), one slot a row written; a full row writes its last.
+        values: like ``keys``.
+    """
+    batch, num_kv, slots, head_dim = keys.shape
+    num_heads = query.shape[1] // head_dim
+    _rotate_kernel[(num_heads + 2 * num_kv, batch)](
+        projected,
+        rope.inv_freq,
+        rope.scaling,
+        lengths,
+        rope_long,
+        query,
+        keys,
+        values,
+        slots - 1,
+        NUM_HEADS=num_heads,
+        NUM_KV=num_kv,
+        HALF=head_dim // 2,
+        PADDED_HALF=triton.next_power_of_2(head_dim // 2),
+        num_warps=1,
+    )
+
+
+def gate_rows(gate_up: torch.Tensor, acted: torch.Tensor, hidden_act: str) -> None:
+    """acted (B, F) = act(gate) * up of gate_up (B, 2F)."""
+    batch, width = acted.shape
+    chunk = min(1024, triton.next_power_of_2(width))
+    _gate_kernel[(triton.cdiv(width, chunk), batch)](gate_up, acted, width, ACT=hidden_act, CHUNK=chunk, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _rotate_kernel(  # type: ignore[no-untyped-def]
+    projected,
+    inv_freq,
+    scaling,
+    lengths,
+    rope_long,
+    query,
+    keys,
+    values,
+    capacity,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV: tl.constexpr,
+    HALF: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+):
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    element = tl.arange(0, PADDED_HALF)
+    inside = element < HALF
+    kind = query.dtype.element_ty
+    source = projected + (row * (NUM_HEADS + 2 * NUM_KV) + head) * (2 * HALF)
+    low = tl.load(source + element, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF + element, mask=inside, other=0.0).to(tl.float32)
+    position = tl.load(lengths + row)
+    factors = tl.load(rope_long + row).to(tl.int32)
+    angle = position.to(tl.float32) * tl.load(inv_freq + factors * HALF + element, mask=inside, other=0.0)
+    scale = tl.load(scaling + factors)
+    turned = head < NUM_HEADS + NUM_KV
+    cos = tl.where(turned, (tl.cos(angle) * scale).to(kind).to(tl.float32), 1.0)
+    sin = tl.where(turned, (tl.sin(angle) * scale).to(kind).to(tl.float32), 0.0)
+    slot = tl.minimum(position, capacity)
+    stride = (capacity + 1).to(tl.int64) * (2 * HALF)
+    if head < NUM_HEADS:
+        target = query + (row * NUM_HEADS + head) * (2 * HALF)
+    elif head < NUM_HEADS + NUM_KV:
+        target = keys + (row * NUM_KV + head - NUM_HEADS) * stride + slot * (2 * HALF)
+    else:
+        target = values + (row * NUM_KV + head - NUM_HEADS - NUM_KV) * stride + slot * (2 * HALF)
+    tl.store(target + element, (low * cos - high * sin).to(kind), mask=inside)
+    tl.store(target + HALF + element, (high * cos + low * sin).to(kind), mask=inside)
+
+
+@triton.jit
+def _gate_kernel(gate_up, acted, width, ACT: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    inside = columns < width
+    gate = tl.load(gate_up + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + (row * 2 + 1) * width + columns, mask=inside, other=0.0).to(tl.float32)
+    # Rounded as the plain path rounds it.
+    gate = activate(gate, ACT).to(acted.dtype.element_ty).to(tl.float32)
+    tl.store(acted + row * width + columns, (gate * up).to(acted.dtype.element_ty), mask=inside)

@@ -1,0 +1,82 @@
+"""Operands that the kernels and their plain forms share; importing them needs no Triton."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm before a product: "rmsnorm", "layernorm" (with bias) or "none"."""
+
+    kind: str
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary tables (2, d/2) and scalings (2,) of the short and the long factors, float32."""
+
+    inv_freq: torch.Tensor
+    scaling: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepState:
+    """What passes from step to step on the device; the sampler moves it on.
+
+    Attributes:
+        tokens: (B,) int64 last token of each row, the step's input.
+        lengths: (B,) int64 tokens in the cache.
+        rope_long: (B,) bool rows under the long factors.
+        steps: (B,) int64 tokens chosen so far.
+        temperature: (B,) float32, 0 for greedy.
+        top_k: (B,) int32; the vocabulary's size for none.
+        top_p: (B,) float32; 1 for none.
+        min_p: (B,) float32; 0 for none.
+        penalty: (B,) float32 repetition penalty; 1 for none.
+        draws: (n, B) float64 uniform numbers; step t reads row t mod n.
+        seen: (B, V) uint8, nonzero for tokens that the penalty counts.
+        history: (r, B) int32 chosen tokens; step t writes row t mod r. In host memory that the device can write.
+        logprobs: (r, B) float32 log-probabilities of the chosen tokens under the unfiltered logits.
+    """
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    rope_long: torch.Tensor
+    steps: torch.Tensor
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    penalty: torch.Tensor
+    draws: torch.Tensor
+    seen: torch.Tensor
+    history: torch.Tensor
+    logprobs: torch.Tensor
+
+    @classmethod
+    def new(cls, batch: int, vocab: int, device: torch.device, ring: int = 64, draws: int = 256) -> "StepState":
+        """Zeros, and filters that are off."""
+        pinned = device.type == "cuda"
+
+        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        return cls(
+            tokens=zeros(batch, dtype=torch.int64),
+            lengths=zeros(batch, dtype=torch.int64),
+            rope_long=zeros(batch, dtype=torch.bool),
+            steps=zeros(batch, dtype=torch.int64),
+            temperature=zeros(batch, dtype=torch.float32),
+            top_k=torch.full((batch,), vocab, dtype=torch.int32, device=device),
+            top_p=torch.ones(batch, device=device),
+            min_p=zeros(batch, dtype=torch.float32),
+            penalty=torch.ones(batch, device=device),
+            draws=zeros(draws, batch, dtype=torch.float64),
+            seen=zeros(batch, vocab, dtype=torch.uint8),
+            history=torch.zeros(ring, batch, dtype=torch.int32, pin_memory=pinned),
+            logprobs=torch.zeros(ring, batch, pin_memory=pinned),
+        )
