@@ -211,8 +211,11 @@ def _tile_of(work, tile_starts, tile_experts, starts, num_n, BLOCK_M: tl.constex
     group = local // (GROUP * num_n)
     size = tl.minimum(tiles - group * GROUP, GROUP)
     within = local - group * (GROUP * num_n)
-    row = tl.load(starts + expert) + (group * GROUP + within % size) * BLOCK_M
-    return expert, row, within // size, row + BLOCK_M // 2 < tl.load(starts + expert + 1)
+    column = within // size
+    # Rotated from column to column: else, where the number of programs is a multiple of ``size``, the same programs
+    # would get every half tile.
+    row = tl.load(starts + expert) + (group * GROUP + (within + column) % size) * BLOCK_M
+    return expert, row, column, row + BLOCK_M // 2 < tl.load(starts + expert + 1)
 
 
 @triton.jit

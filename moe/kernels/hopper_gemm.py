@@ -110,8 +110,9 @@ def _tile_of(work, tile_starts, tile_experts, starts, num_n, BLOCK_M: gl.constex
     group = local // (GROUP * num_n)
     size = gl.minimum(tiles - group * GROUP, GROUP)
     within = local - group * (GROUP * num_n)
-    row = gl.load(starts + expert) + (group * GROUP + within % size) * BLOCK_M
-    return expert, row, within // size, row + BLOCK_M // 2 < gl.load(starts + expert + 1)
+    column = within // size
+    row = gl.load(starts + expert) + (group * GROUP + (within + column) % size) * BLOCK_M
+    return expert, row, column, row + BLOCK_M // 2 < gl.load(starts + expert + 1)
 
 
 @gluon.jit
