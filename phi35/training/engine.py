@@ -131,17 +131,18 @@ class Engine:
         auxiliary: dict[str, torch.Tensor] = {}
         outputs = []
         for batch, tokens in zip(batches, num_tokens, strict=True):
+            # Around the backward pass too: a recomputed layer must take the kernel whose outputs were kept.
             with fast_attention(self.environment.device):
                 _, output = self.deepspeed(**batch)
-            share = output.loss * (tokens / global_num_tokens)
-            # DeepSpeed averages gradients over ranks, so that the ranks' shares need the factor to add up.
-            objective = share * world_size
-            group = distributed.group.WORLD if world_size > 1 else None
-            losses = auxiliary_losses(output, batch.get("attention_mask"), process_group=group, **weights)
-            for name, value in losses.items():
-                objective = objective + value * (weights[name] / count)
-                auxiliary[name] = auxiliary.get(name, 0.0) + value.detach() / count
-            self.deepspeed.backward(objective, scale_wrt_gas=False)
+                share = output.loss * (tokens / global_num_tokens)
+                # DeepSpeed averages gradients over ranks, so that the ranks' shares need the factor to add up.
+                objective = share * world_size
+                group = distributed.group.WORLD if world_size > 1 else None
+                losses = auxiliary_losses(output, batch.get("attention_mask"), process_group=group, **weights)
+                for name, value in losses.items():
+                    objective = objective + value * (weights[name] / count)
+                    auxiliary[name] = auxiliary.get(name, 0.0) + value.detach() / count
+                self.deepspeed.backward(objective, scale_wrt_gas=False)
             self.deepspeed.step()
             total = share.detach() if total is None else total + share.detach()
             outputs.append(_detached(output))
