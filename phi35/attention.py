@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from phi35.cache import KVCache
 from phi35.config import ModelConfig
+from phi35.fused import rotate_heads
 from phi35.packed_attention import PackedRows, attend_packed, packed_rows
 from phi35.rope import CosSin, RotaryEmbedding, apply_rotary
 from phi35.sequence_parallel import SequenceParallel
@@ -49,7 +50,13 @@ class AttentionPlan:
 
 
 class Attention(nn.Module):
-    """Self-attention with a fused ``qkv_proj`` (queries, then keys, then values)."""
+    """Self-attention with a fused ``qkv_proj`` (queries, then keys, then values).
+
+    Attributes:
+        fused: without a cache, rotate by ``phi35.fused``.
+    """
+
+    fused = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -64,9 +71,13 @@ class Attention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, plan: AttentionPlan, cache: KVCache | None) -> torch.Tensor:
         """Map (B, T, D) to (B, T, D), storing keys and values where a cache is given."""
         batch, length, _ = hidden_states.shape
-        heads = self.qkv_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        queries, keys, values = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        queries, keys = apply_rotary(queries, plan.cos_sin), apply_rotary(keys, plan.cos_sin)
+        projected = self.qkv_proj(hidden_states)
+        if self.fused and cache is None:
+            queries, keys, values = rotate_heads(projected, *plan.cos_sin, self.num_heads, self.num_kv_heads)
+        else:
+            heads = projected.view(batch, length, -1, self.head_dim).transpose(1, 2)
+            queries, keys, values = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+            queries, keys = apply_rotary(queries, plan.cos_sin), apply_rotary(keys, plan.cos_sin)
         if cache is not None and plan.slots is not None:
             cache.write(self.layer, keys, values, plan.slots)
             if plan.num_slots:

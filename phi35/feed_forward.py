@@ -7,7 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from phi35.config import ModelConfig
+from phi35.fused import gated_activation
 from phi35.outputs import RouterOutput
+from phi35.recompute import given_again
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
@@ -18,16 +20,27 @@ class GatedMLP(nn.Module):
     Args:
         config: the model.
         intermediate_size: width; None takes that of the config's dense layers.
+
+    Attributes:
+        fused: gate by ``phi35.fused``.
+        lean: gate once more in the backward pass instead of keeping the result.
     """
+
+    fused = lean = False
 
     def __init__(self, config: ModelConfig, intermediate_size: int | None = None) -> None:
         super().__init__()
         width = intermediate_size or config.dense_intermediate_size or config.intermediate_size
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.hidden_act = config.hidden_act
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, RouterOutput | None]:
         """Map (B, T, D) to ((B, T, D), None): the dense layer routes nothing."""
-        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up), None
+        gate_up = self.gate_up_proj(hidden_states)
+        if not (self.fused or self.lean):
+            gate, up = gate_up.chunk(2, dim=-1)
+            return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up), None
+        acted, source = gated_activation(gate_up, self.hidden_act), gate_up.detach()
+        with given_again(acted, lambda: gated_activation(source, self.hidden_act), enabled=self.lean):
+            return self.down_proj(acted), None

@@ -11,6 +11,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from phi35.fused_head import head_loss
+
 LOGITS_PER_CHUNK = 2**26
 """Logits held at once (256 MiB in float32)."""
 
@@ -18,7 +20,13 @@ IGNORED_LABEL = -100
 
 
 class LanguageModelHead(nn.Linear):
-    """Linear map to the vocabulary that can return the mean cross-entropy in place of logits."""
+    """Linear map to the vocabulary that can return the mean cross-entropy in place of logits.
+
+    Attributes:
+        fused: take the loss by ``phi35.fused_head``.
+    """
+
+    fused = False
 
     def forward(self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Logits, or the loss.
@@ -33,6 +41,8 @@ class LanguageModelHead(nn.Linear):
         if labels is None:
             return super().forward(hidden_states)
         flat_states, flat_labels = hidden_states.reshape(-1, self.in_features), labels.reshape(-1)
+        if self.fused:
+            return head_loss(flat_states, self.weight, self.bias, flat_labels)
         return _HeadLoss.apply(flat_states, self.weight, self.bias, flat_labels)
 
 

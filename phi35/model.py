@@ -5,6 +5,7 @@ Pre-norm blocks with two slots filled from the config: the feed-forward of each 
 family; other families' names are mapped at the checkpoint's edge.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from phi35.language_model_head import LanguageModelHead, loss_from_logits, shift
 from phi35.norm import RMSNorm, build_norm
 from phi35.outputs import CausalLMOutput, RouterOutput
 from phi35.packed_attention import ignore_first_tokens
+from phi35.recompute import given_again
 from phi35.registry import resolve
 from phi35.rope import RotaryEmbedding
 from phi35.sequence_parallel import SequenceParallel
@@ -31,7 +33,8 @@ class CausalLM(nn.Module):
         config: the frozen config the model was built from.
         gradient_checkpointing: recompute each layer, and each block of an image tower, in the backward pass
             (training mode only); the random state is restored, so that routing noise and dropout repeat. True takes
-            torch's non-reentrant form, "reentrant" its older one for the decoder's layers.
+            torch's non-reentrant form, "reentrant" its older one for the decoder's layers. "selective" computes
+            again what costs no matrix product, the decoder's norms and activations, and keeps the rest.
         processor: tokenizer and image settings of the folder a model was loaded from (set by ``phi35.load``), so
             that ``phi35.generate`` takes the model alone.
     """
@@ -59,11 +62,14 @@ class CausalLM(nn.Module):
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enabled: bool | str) -> None:
-        if enabled not in (False, True, "reentrant"):
-            raise ValueError(f"gradient_checkpointing must be False, True or 'reentrant', got {enabled!r}")
+        if enabled not in (False, True, "selective", "reentrant"):
+            raise ValueError(f"gradient_checkpointing must be False, True, 'selective' or 'reentrant', got {enabled!r}")
         self.model.gradient_checkpointing = enabled
+        for module in self.modules():
+            if hasattr(type(module), "lean"):
+                module.lean = enabled == "selective"  # type: ignore[assignment]
         if self.model.vision_embed_tokens is not None:
-            self.model.vision_embed_tokens.gradient_checkpointing = bool(enabled)
+            self.model.vision_embed_tokens.gradient_checkpointing = enabled in (True, "reentrant")
 
     @property
     def device(self) -> torch.device:
@@ -307,7 +313,7 @@ class Decoder(nn.Module):
         )
         router_outputs = []
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing in (True, "reentrant") and self.training:
                 reentrant = self.gradient_checkpointing == "reentrant"
                 hidden_states, routing = checkpoint_layer(layer, hidden_states, plan, cache, reentrant=reentrant)
             else:
@@ -339,7 +345,13 @@ class Decoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward, each behind a norm and added to the residual stream.
+
+    Attributes:
+        lean: normalise once more in the backward pass instead of keeping the results.
+    """
+
+    lean = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -353,7 +365,14 @@ class DecoderLayer(nn.Module):
         self, hidden_states: torch.Tensor, plan: AttentionPlan, cache: KVCache | None
     ) -> tuple[torch.Tensor, RouterOutput | None]:
         """Map (B, T, D) to (B, T, D) and, in a sparse layer, the routing."""
-        attended = self.self_attn(self.input_layernorm(hidden_states), plan, cache)
-        hidden_states = hidden_states + F.dropout(attended, self.dropout, self.training)
-        fed, routing = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + F.dropout(fed, self.dropout, self.training), routing
+        stream, normed = self.input_layernorm(hidden_states, keep=True)
+        with self._given_again(normed, self.input_layernorm, stream):
+            attended = F.dropout(self.self_attn(normed, plan, cache), self.dropout, self.training)
+        stream, normed = self.post_attention_layernorm(attended, stream, keep=True)
+        with self._given_again(normed, self.post_attention_layernorm, stream):
+            fed, routing = self.mlp(normed)
+        return stream + F.dropout(fed, self.dropout, self.training), routing
+
+    def _given_again(self, normed: torch.Tensor, norm: nn.Module, stream: torch.Tensor) -> AbstractContextManager[Any]:
+        source = stream.detach()
+        return given_again(normed, lambda: norm(source), enabled=self.lean)

@@ -18,8 +18,19 @@ def accelerate(model: Any, config: TrainingConfig, device: torch.device) -> None
     """
     if config.gradient_checkpointing:
         model.gradient_checkpointing = config.gradient_checkpointing
+    kernels = config.kernels
+    if kernels == "auto":
+        kernels = "fused" if device.type == "cuda" and not config.compile else "torch"
+    fuse(model, kernels == "fused")
     if config.compile:
         compile_layers(model)
+
+
+def fuse(model: Any, enabled: bool = True) -> None:
+    """Lets a model's modules take their fused forms (``phi35.fused``), in place."""
+    for module in model.modules():
+        if hasattr(type(module), "fused"):
+            module.fused = enabled
 
 
 def compile_layers(model: Any) -> None:

@@ -65,6 +65,8 @@ def start(device: str | None = None) -> Environment:
     deepspeed = _import_deepspeed()
     chosen = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
+        # Segments that grow leave no holes where activations of changing sizes come and go.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(chosen)
     elif "OMP_NUM_THREADS" not in os.environ:
         # Half the cores: threads that wait for a busy core spin, which cost a shared machine a factor of ten.

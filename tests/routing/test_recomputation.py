@@ -44,7 +44,7 @@ def deterministic():
 
 
 @pytest.mark.parametrize("router_type", ROUTERS)
-@pytest.mark.parametrize("kind", [True, "reentrant"])
+@pytest.mark.parametrize("kind", [True, "reentrant", "selective"])
 def test_gradients_equal_those_without_checkpointing_to_the_bit(deterministic, router_type, kind):
     model = model_of(router_type)
     loss, experts, gradients, after = losses_and_gradients(model)
@@ -93,7 +93,7 @@ def test_reentrant_form_serves_dense_models_and_unknown_forms_are_refused(determ
         model(**batch_of()).loss.backward()
         results.append([parameter.grad.clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-    with pytest.raises(ValueError, match="must be False, True or 'reentrant', got 'full'"):
+    with pytest.raises(ValueError, match="must be False, True, 'selective' or 'reentrant', got 'full'"):
         model.gradient_checkpointing = "full"
 
 

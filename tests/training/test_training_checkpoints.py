@@ -69,12 +69,14 @@ def assert_same_tensors(first, second):
     [
         (1, {"zero_stage": 0, "model_overrides": NOISY}),
         (1, {"zero_stage": 0, "model_overrides": NOISY, "dtype": "bfloat16"}),
+        (1, {"model_overrides": NOISY, "dtype": "bfloat16", "optimizer_dtype": "bfloat16", "kernels": "fused"}),
+        (2, {"zero_stage": 0, "model": "tiny-phi-3.5-moe", "dtype": "bfloat16", "micro_batch_size": 1}),
         (2, {"zero_stage": 1, "model_overrides": NOISY, "dtype": "bfloat16", "micro_batch_size": 1}),
         (2, {"zero_stage": 3, "model_overrides": NOISY}),
         (2, {"zero_stage": 2, "model": "tiny-phi-3.5-moe", "ep_size": 2, "router_aux_loss_coef": 0.01}),
         (2, {"zero_stage": 1, "model": "tiny-phi-3.5-moe", "ep_size": 2, "dtype": "bfloat16"}),
     ],
-    ids=["zero0", "zero0-bf16", "zero1-bf16", "zero3", "zero2-ep2", "zero1-ep2-bf16"],
+    ids=["zero0", "zero0-bf16", "bf16-states", "zero0-ep2-bf16", "zero1-bf16", "zero3", "zero2-ep2", "zero1-ep2-bf16"],
 )
 def test_three_steps_and_three_more_equal_six_to_the_bit(text_folder, tmp_path, world_size, changes):
     straight, parted = tmp_path / "straight", tmp_path / "parted"
