@@ -1,16 +1,17 @@
-"""Training data from webdataset shards: a stream of batches whose order depends on the seed alone.
+"""Training data from webdataset shards: an endless stream of samples whose order depends on the seed alone.
 
-A sample's description is JSON, ``{"messages": [{"role": ..., "content": ...}, ...]}`` or
-``{"conversations": [{"messages": [...], "weight": 1.0}, ...], "draws": n}``: alternatives about the same
-pictures, of which one is drawn each time; the sample is visited n times an epoch. Everything random (order,
-alternative, augmentation) follows from the seed and the position in the stream, so that the number of ranks and
-workers changes nothing, and a state is one number.
+Position p of the stream is a data set (by the mixture's weights), an epoch and a place in it, a sample, one of its
+conversations and an augmentation, all functions of the seed and p. A global batch is G positions in a row; which rank
+computes which of them changes nothing but the time. So the number of ranks, of reading processes and of accumulation
+steps leaves the order as it is, and the whole state of a run (epoch, shard, place in it, what a shuffle buffer or a
+packer would hold) is one number: the first position of the next global batch.
 """
 
-import hashlib
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,218 +23,195 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from phi35.config import ModelConfig
 from vision.augment import Augmentation
-from vision.collator import Conversation, Messages, VisionCollator, check_tags
-from vision.decode import open_image
-from vision.shards import Sample, ShardIndex
+from vision.balance import CostModel, plan_micro_batches
+from vision.collator import Example, VisionCollator
+from vision.descriptions import SkippedSample
+from vision.sample_order import EpochOrder, Mixture
+from vision.sample_reader import MAX_PIXELS, SampleReader
 
 Batch = dict[str, Tensor]
+Data = str | Path | Sequence[str | Path]
+MAX_CONSECUTIVE_SKIPS = 1000
 
 
-@dataclass(frozen=True)
-class Alternatives:
-    """A parsed description: conversations about the sample's pictures and their cumulative weights."""
-
-    messages: tuple[Messages, ...]
-    cumulative_weights: tuple[float, ...]
-    draws: int
-
-    def draw(self, rng: random.Random) -> Messages:
-        """One conversation, by weight."""
-        if len(self.messages) == 1:
-            return self.messages[0]
-        return rng.choices(self.messages, cum_weights=self.cumulative_weights)[0]
-
-
-def parse_description(description: Any) -> Alternatives:
-    """Checks and unpacks a sample's JSON.
-
-    Raises:
-        ValueError: if it has not one of the two forms above.
-    """
-    try:
-        conversations = description.get("conversations") or [description]
-        messages = tuple(
-            tuple((str(turn["role"]), str(turn["content"])) for turn in conversation["messages"])
-            for conversation in conversations
-        )
-        weights = [float(conversation.get("weight", 1.0)) for conversation in conversations]
-        draws = int(description.get("draws", 1))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"a sample's JSON needs 'messages' or 'conversations' with role and content: {error!r}"
-        ) from error
-    if not all(messages) or min(weights) < 0 or sum(weights) <= 0 or not 1 <= draws <= 10_000:
-        raise ValueError("a sample's JSON needs turns in each conversation, weights >= 0 and draws in 1..10000")
-    return Alternatives(messages, tuple(itertools.accumulate(weights)), draws)
-
-
-class ShardDataset(Dataset[tuple[Batch, int]]):
-    """Batches by position in the endless stream of samples.
-
-    Args:
-        data: where the shards are (see ``vision.shards.find_shards``).
-        collator: makes batches of conversations.
-        seed: of order, alternatives and augmentation.
-        shuffle: whether each epoch has its own order.
-        augmentation: changes of training pictures, or None.
-        cache_decoded: decode every picture once, here and now, and keep it (equal pictures once) in memory that
-            workers share; gives the same batches. For data whose pixels fit into memory.
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """How a global batch is divided.
 
     Attributes:
-        num_corrupt: samples left out because their description is unusable or names other pictures than they hold.
+        micro_batch_size: samples of one forward pass of one rank (the mean, where passes are packed and balanced).
+        rank: of this process.
+        world_size: number of ranks.
+        accumulation_steps: forward passes of a rank in one optimizer step.
+        balanced: share samples between ranks by their work, not in turn.
+    """
+
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    accumulation_steps: int = 1
+    balanced: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.micro_batch_size, self.accumulation_steps) < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"expected micro_batch_size >= 1, accumulation_steps >= 1 and 0 <= rank < world_size, got {self}"
+            )
+
+    @property
+    def global_batch_size(self) -> int:
+        """G, samples of one optimizer step over all ranks."""
+        return self.micro_batch_size * self.world_size * self.accumulation_steps
+
+
+class ShardDataset(Dataset[tuple[Batch, Counter[str]]]):
+    """Batches of the endless stream, by (first position of the global batch, forward pass).
+
+    Args:
+        readers: the data sets.
+        weights: their parts of the stream.
+        collator: makes batches.
+        shape: division of a global batch.
+        seed: of everything random.
+        shuffle: whether each epoch has its own order.
+        shuffle_stretch: as ``vision.sample_order.EpochOrder``'s ``stretch``.
     """
 
     def __init__(
         self,
-        data: str | Path | Sequence[str | Path],
+        readers: Sequence[SampleReader],
+        weights: Sequence[float],
         collator: VisionCollator,
+        shape: BatchShape,
         *,
         seed: int = 0,
         shuffle: bool = True,
-        augmentation: Augmentation | None = None,
-        cache_decoded: bool = False,
+        shuffle_stretch: int | None = None,
     ) -> None:
-        self.index = ShardIndex(data)
-        self.collator = collator
-        self.seed = seed
-        self.shuffle = shuffle
-        self.augmentation = augmentation
-        self.num_corrupt = 0
-        self._alternatives: list[Alternatives | None] = [self._parsed(sample) for sample in self.index.samples]
-        draws = [0 if parsed is None else parsed.draws for parsed in self._alternatives]
-        self._visits = np.repeat(np.arange(len(draws)), draws)
-        if not len(self._visits):
-            raise ValueError(f"none of the {len(draws)} samples in {data} has a usable description")
-        self._order: tuple[int, np.ndarray] = (-1, self._visits)
-        self._images: list[tuple[np.ndarray, ...] | None] | None = None
-        if cache_decoded:
-            known: dict[bytes, np.ndarray] = {}
-            self._images = [self._decoded(sample, known) for sample in self.index.samples]
+        self.readers, self.collator, self.shape, self.seed = list(readers), collator, shape, seed
+        self.mixture = Mixture(list(weights), seed)
+        self.orders = [
+            EpochOrder(reader.draws, reader.index.shard_sizes, seed=seed, shuffle=shuffle, stretch=shuffle_stretch)
+            for reader in self.readers
+        ]
+        self.settings = {
+            "seed": seed,
+            "shuffle": shuffle,
+            "shuffle_stretch": shuffle_stretch,
+            "weights": [float(weight) for weight in weights],
+            "sources": [[reader.index.digest, len(order)] for reader, order in zip(readers, self.orders, strict=True)],
+        }
+        self._costs = CostModel.of(collator.config)
+        self._plan: tuple[int, list[list[list[int]]]] = (-1, [])
 
-    @property
-    def epoch_length(self) -> int:
-        """Visits in one epoch."""
-        return len(self._visits)
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Batch, Counter[str]]:
+        """A batch of this rank, compact, and what was passed over on the way, by reason."""
+        skips: Counter[str] = Counter()
+        examples = [self.example(position, skips) for position in self.positions(*place)]
+        return self.collator.compact(examples), skips
 
-    def __getitem__(self, positions: tuple[int, int]) -> tuple[Batch, int]:
-        """The batch of positions [first, first + count), compact, and how many unreadable samples it passed over."""
-        first, count = positions
-        conversations, skipped = [], 0
-        for position in range(first, first + count):
-            conversation, passed = self.conversation(position)
-            conversations.append(conversation)
-            skipped += passed
-        return self.collator.compact(conversations), skipped
+    def positions(self, first: int, turn: int) -> list[int]:
+        """Positions that this rank takes in a forward pass of the global batch that begins at ``first``."""
+        shape = self.shape
+        if not shape.balanced or shape.world_size * shape.accumulation_steps == 1:
+            start = first + (turn * shape.world_size + shape.rank) * shape.micro_batch_size
+            return list(range(start, start + shape.micro_batch_size))
+        if self._plan[0] != first:
+            costs, lengths = self.costs(first, shape.global_batch_size)
+            plan = plan_micro_batches(
+                costs, lengths, shape.world_size, shape.accumulation_steps, padded=not self.collator.packed
+            )
+            self._plan = (first, plan)
+        return [first + item for item in self._plan[1][turn][shape.rank]]
 
-    def conversation(self, position: int) -> tuple[Conversation, int]:
-        """The sample at a position of the stream; an unreadable one gives way to the next of its epoch.
+    def costs(self, first: int, count: int) -> tuple[list[float], list[int]]:
+        """(FLOPs, positions in the sequence) of ``count`` samples from a position of the stream, estimated."""
+        places = [self._locate(position) for position in range(first, first + count)]
+        costs, lengths = [0.0] * count, [0] * count
+        for source, reader in enumerate(self.readers):
+            items = [item for item, place in enumerate(places) if place[0] == source]
+            numbers = np.array([self.orders[source](*places[item][1:]) for item in items], dtype=np.int64)
+            for item, cost, length in zip(items, *reader.costs(numbers, self._costs), strict=True):
+                costs[item], lengths[item] = float(cost), int(length)
+        return costs, lengths
+
+    def example(self, position: int, skips: Counter[str]) -> Example:
+        """The sample at a position of the stream; one that cannot be used gives way to the next of its epoch.
+
+        Args:
+            position: from 0, without end.
+            skips: the reason is counted here where this position's own sample cannot be used, so that each visit of
+                such a sample counts once, on one rank.
 
         Raises:
-            ValueError: if no sample of the epoch can be read.
+            ValueError: if too many in a row cannot be used.
         """
-        epoch, start = divmod(position, self.epoch_length)
-        order = self._epoch_order(epoch)
-        rng = random.Random((self.seed * 1_000_003 + epoch) * 4_294_967_311 + start)
-        for passed in range(self.epoch_length):
-            number = int(order[(start + passed) % self.epoch_length])
-            images = self._read_images(number)
-            if images is None:
-                continue
-            alternatives = self._alternatives[number]
-            assert alternatives is not None
-            messages = alternatives.draw(rng)
-            if self.augmentation is not None:
-                images = tuple(self.augmentation(image, rng) for image in images)
-            return Conversation(messages, images), passed
-        raise ValueError(f"none of the pictures in {[str(path) for path in self.index.paths]} can be read")
+        source, epoch, start = self._locate(position)
+        order, reader = self.orders[source], self.readers[source]
+        rng = random.Random(((self.seed * 1_000_003 + epoch) * 1009 + source) * 4_294_967_311 + start)
+        last: SkippedSample | None = None
+        for passed in range(min(len(order), MAX_CONSECUTIVE_SKIPS)):
+            number = order(epoch, (start + passed) % len(order))
+            try:
+                return reader(number, rng)
+            except SkippedSample as error:
+                if not passed:
+                    skips[error.reason] += 1
+                last = error
+        raise ValueError(
+            f"{passed + 1} samples in a row of {reader.index.paths[0].parent} cannot be used; the last: {last}"
+        )
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return self._visits
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self._visits))
-        return self._order[1]
-
-    def _parsed(self, sample: Sample) -> Alternatives | None:
-        try:
-            parsed = parse_description(self.index.describe(sample))
-            for messages in parsed.messages:
-                check_tags(messages, len(sample.images))
-            return parsed
-        except ValueError:
-            self.num_corrupt += 1
-            return None
-
-    def _read_images(self, number: int) -> tuple[np.ndarray, ...] | None:
-        if self._images is not None:
-            return self._images[number]
-        return self._decoded(self.index.samples[number], {})
-
-    def _decoded(self, sample: Sample, known: dict[bytes, np.ndarray]) -> tuple[np.ndarray, ...] | None:
-        """The sample's pictures as (H, W, 3) uint8, equal files decoded once; None if one is unreadable."""
-        images = []
-        for member in sample.images:
-            content = self.index.read(member)
-            digest = hashlib.sha256(content).digest()
-            if digest not in known:
-                try:
-                    known[digest] = np.asarray(open_image(content))
-                except ValueError:
-                    return None
-            images.append(known[digest])
-        return tuple(images)
+    def _locate(self, position: int) -> tuple[int, int, int]:
+        """(data set, epoch, place) of a position."""
+        source, within = self.mixture(position)
+        return source, *divmod(within, len(self.orders[source]))
 
 
-class _Positions(Sampler[tuple[int, int]]):
-    """(first position, count) of one rank's batches, without end."""
+class _Places(Sampler[tuple[int, int]]):
+    """(first position of a global batch, forward pass), without end."""
 
-    def __init__(self, start: int, stride: int, offset: int, count: int) -> None:
-        self.start, self.stride, self.offset, self.count = start, stride, offset, count
+    def __init__(self, start: int, shape: BatchShape) -> None:
+        self.start, self.shape = start, shape
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for first in itertools.count(self.start + self.offset, self.stride):
-            yield first, self.count
+        for first in itertools.count(self.start, self.shape.global_batch_size):
+            for turn in range(self.shape.accumulation_steps):
+                yield first, turn
 
 
 class ShardLoader:
     """One rank's batches without end, with a state that any other number of ranks or workers can resume.
 
-    Step t hands rank r the positions [t * m * W + r * m, + m) of the stream, m samples a batch, W ranks.
-
     Args:
         dataset: the stream.
-        batch_size: m, samples in one batch of one rank.
-        rank: of this process.
-        world_size: number of ranks.
         num_workers: processes that read ahead; 0 reads in this process.
 
     Attributes:
-        num_skipped: unreadable samples that delivered batches passed over.
-
-    Raises:
-        ValueError: for sizes out of range.
+        wait_seconds: time that ``next`` waited for batches so far.
     """
 
-    def __init__(
-        self, dataset: ShardDataset, *, batch_size: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
-    ) -> None:
-        if batch_size < 1 or not 0 <= rank < world_size or num_workers < 0:
-            raise ValueError(
-                f"expected batch_size >= 1, 0 <= rank < world_size and num_workers >= 0, got batch_size={batch_size}, "
-                f"rank={rank}, world_size={world_size}, num_workers={num_workers}"
-            )
+    def __init__(self, dataset: ShardDataset, *, num_workers: int = 0) -> None:
+        if num_workers < 0:
+            raise ValueError(f"expected num_workers >= 0, got {num_workers}")
         self.dataset = dataset
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
         self.num_workers = num_workers
-        self.num_skipped = 0
+        self.wait_seconds = 0.0
+        self._skips: Counter[str] = Counter()
+        if dataset.shape.rank == 0:  # every rank reads the same index
+            for reader in dataset.readers:
+                self._skips += reader.left_out
         self._position = 0
+        self._taken = 0
 
     @property
     def num_samples(self) -> int:
-        """Samples (visits) in one epoch, over all ranks."""
-        return self.dataset.epoch_length
+        """Samples (visits) in one epoch of all data sets, over all ranks."""
+        return sum(map(len, self.dataset.orders))
+
+    def skips(self) -> dict[str, int]:
+        """What this rank has passed over since it started, by reason; what no rank visits counts on rank 0."""
+        return dict(sorted(self._skips.items()))
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.expand, self.compact())
@@ -244,42 +222,57 @@ class ShardLoader:
 
     def compact(self) -> Iterator[Batch]:
         """The batches in the form that crosses to the device, for ``expand`` to complete there."""
-        stride = self.batch_size * self.world_size
-        positions = _Positions(self._position, stride, self.rank * self.batch_size, self.batch_size)
         options: dict[str, Any] = {}
         if self.num_workers:
             options = {"prefetch_factor": 2, "worker_init_fn": _one_thread}
+        shape = self.dataset.shape
         loader = DataLoader(
             self.dataset,
-            sampler=positions,
+            sampler=_Places(self._position, shape),
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             **options,
         )
-        for batch, skipped in loader:
-            self._position += stride
-            self.num_skipped += skipped
+        self._taken = 0
+        batches = iter(loader)
+        while True:
+            began = time.perf_counter()
+            batch, skips = next(batches)
+            self.wait_seconds += time.perf_counter() - began
+            self._skips += skips
+            self._taken += 1
+            if self._taken == shape.accumulation_steps:
+                self._position, self._taken = self._position + shape.global_batch_size, 0
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last delivered batch, in samples over all ranks; JSON-able."""
-        return {"position": self._position, "seed": self.dataset.seed, "epoch_length": self.dataset.epoch_length}
+        """Where the stream stands, in samples over all ranks; JSON-able.
+
+        Within a global batch it is the beginning of that batch: a run that stopped there computes all of it again.
+        """
+        return {"position": self._position, **self.dataset.settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a saved place; the next ``iter`` begins there.
 
         Raises:
-            ValueError: if the state belongs to another seed or other data.
+            ValueError: if the state belongs to another seed, order or other data.
         """
-        for name in ("seed", "epoch_length"):
-            here = self.state_dict()[name]
-            if state.get(name) != here:
-                raise ValueError(
-                    f"the saved data state has {name} {state.get(name)}, this data has {here}: resume with the same "
-                    "shards and seed, or start the data anew"
-                )
+        here = self.dataset.settings
+        other = [name for name in here if state.get(name) != here[name]]
+        if other:
+            name = other[0]
+            raise ValueError(
+                f"the saved data state has {name} {state.get(name)}, this data has {here[name]}: resume with the same "
+                "shards, mixture and seed, or start the data anew"
+            )
         self._position = int(state["position"])
+
+
+def _as_it_is(item: Any) -> Any:
+    return item  # torch's own conversion would count a Counter twice
 
 
 def _one_thread(worker: int) -> None:
@@ -287,50 +280,91 @@ def _one_thread(worker: int) -> None:
 
 
 def open_source(
-    data: str | Path | Sequence[str | Path],
+    data: Data,
     *,
     model_config: ModelConfig,
     processor: Any,
     rank: int = 0,
     world_size: int = 1,
     micro_batch_size: int = 1,
+    accumulation_steps: int = 1,
     seed: int = 0,
     num_workers: int = 0,
+    mixture: Mapping[str, float] | None = None,
     max_length: int | None = None,
+    num_crops: int | None = None,
+    packed: bool = False,
+    balanced: bool = True,
     augmentation: Augmentation | dict[str, Any] | bool | None = None,
     cache_decoded: bool = False,
     shuffle: bool = True,
+    shuffle_stretch: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    fast_jpeg: bool = False,
 ) -> ShardLoader:
     """The data source of a vision training: see ``ShardDataset`` and ``ShardLoader``.
 
     Args:
-        data: shards.
+        data: shards; with ``mixture`` the folder that its relative paths start from.
         model_config: a config with ``vision``.
         processor: the model's processor or tokenizer.
         rank: of this process.
         world_size: number of ranks.
         micro_batch_size: samples in one batch of one rank.
+        accumulation_steps: batches of a rank in one optimizer step.
         seed: of everything random.
         num_workers: reading processes.
+        mixture: several data sets, each with its weight (its part of the samples, not of the tokens).
         max_length: longest sequence in tokens.
+        num_crops: limit of tiles of a picture, in place of the model config's.
+        packed: samples of a batch stand in one row, in place of rows padded to the longest.
+        balanced: share each global batch between ranks by the work that samples cause.
         augmentation: changes of training pictures: True for the defaults, a dict of ``vision.augment.Augmentation``'s
             fields, None or False for none.
-        cache_decoded: as in ``ShardDataset``.
-        shuffle: as in ``ShardDataset``.
+        cache_decoded: as in ``vision.sample_reader.SampleReader``.
+        shuffle: whether each epoch has its own order.
+        shuffle_stretch: shuffle shards, and samples within stretches of so many, in place of the whole epoch.
+        max_pixels: larger pictures are passed over.
+        fast_jpeg: as in ``SampleReader``.
 
     Raises:
         ValueError: for unknown settings and unusable data.
     """
-    collator = VisionCollator(processor, model_config, max_length=max_length)
+    collator = VisionCollator(processor, model_config, max_length=max_length, num_crops=num_crops, packed=packed)
+    shape = BatchShape(
+        micro_batch_size=micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+        accumulation_steps=accumulation_steps,
+        balanced=balanced,
+    )
+    augment = _augmentation(augmentation)
+    sources: dict[Any, float] = {data: 1.0} if isinstance(data, str | Path) else {tuple(data): 1.0}
+    if mixture:
+        if not isinstance(data, str | Path):
+            raise ValueError(f"with a mixture, data is the folder that its paths start from, got {data!r}")
+        sources = {str(Path(data) / name): weight for name, weight in mixture.items()}
+    readers = [
+        SampleReader(
+            source,
+            collator,
+            augmentation=augment,
+            max_pixels=max_pixels,
+            fast_jpeg=fast_jpeg,
+            cache_decoded=cache_decoded,
+        )
+        for source in sources
+    ]
     dataset = ShardDataset(
-        data,
+        readers,
+        list(sources.values()),
         collator,
+        shape,
         seed=seed,
         shuffle=shuffle,
-        augmentation=_augmentation(augmentation),
-        cache_decoded=cache_decoded,
+        shuffle_stretch=shuffle_stretch,
     )
-    return ShardLoader(dataset, batch_size=micro_batch_size, rank=rank, world_size=world_size, num_workers=num_workers)
+    return ShardLoader(dataset, num_workers=num_workers)
 
 
 def _augmentation(settings: Augmentation | dict[str, Any] | bool | None) -> Augmentation | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vision.easy_vqa import COLORS, PairQuestions, Split, VisualQuestion, balanced_yes_no, load_split
-from vision.shards import ShardWriter
+from vision.shard_writer import ShardWriter
 
 KIND_SHARES = {
     ("color", "named"): 0.22,

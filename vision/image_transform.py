@@ -64,7 +64,8 @@ class ImageTransform:
         """
         picture = open_image(image)
         limit = self.config.num_crops if num_crops is None else num_crops
-        plane = self._normalised(self._padded(picture, limit))
+        canvas = np.array(padded_picture(picture, limit, self.config))
+        plane = self._normalised(torch.from_numpy(canvas).permute(2, 0, 1))
         height, width = plane.shape[1:]
         side = self.config.image_size
         rows, columns = height // side, width // side
@@ -87,29 +88,46 @@ class ImageTransform:
         """
         limit = self.config.num_crops if num_crops is None else num_crops
         resized_width, resized_height = resized_size(max(width, height), min(width, height), limit, self.config)
-        padded_height = _whole_tiles(resized_height, self.config.image_size)
+        padded_height = whole_tiles(resized_height, self.config.image_size)
         if width < height:
             return num_image_tokens(resized_width, padded_height, self.config)
         return num_image_tokens(padded_height, resized_width, self.config)
-
-    def _padded(self, picture: Image.Image, num_crops: int) -> Tensor:
-        """(3, H, W) uint8, resized with the longer side in whole tiles, the shorter one padded with white."""
-        # The published code transposes portraits and resizes them lying: Pillow filters rows first and rounds
-        # in between, so that resizing them upright would give other pixels.
-        upright = picture.width < picture.height
-        if upright:
-            picture = picture.transpose(Image.Transpose.TRANSPOSE)
-        width, height = resized_size(picture.width, picture.height, num_crops, self.config)
-        padded_height = _whole_tiles(height, self.config.image_size)
-        canvas = np.full((padded_height, width, 3), _WHITE, dtype=np.uint8)
-        top = (padded_height - height) // 2
-        canvas[top : top + height] = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
-        return torch.from_numpy(canvas).permute((2, 1, 0) if upright else (2, 0, 1))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """(3, H, W) float32, contiguous: divided by 255, minus the mean, divided by the deviation."""
         plane = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         return plane.div_(255).sub_(self._mean).div_(self._std)
+
+
+def padded_picture(picture: Image.Image | np.ndarray, num_crops: int, config: VisionConfig) -> np.ndarray:
+    """(H, W, 3) uint8: resized with the longer side in whole tiles, the shorter one padded with white.
+
+    Args:
+        picture: RGB, as ``vision.decode.open_image`` gives it, or (h, w, 3) uint8.
+        num_crops: limit of tiles.
+        config: gives the tile side.
+
+    Raises:
+        ValueError: as ``resized_size``.
+    """
+    array = picture if isinstance(picture, np.ndarray) else None
+    size = picture.size if isinstance(picture, Image.Image) else (picture.shape[1], picture.shape[0])
+    upright = size[0] < size[1]
+    width, height = resized_size(max(size), min(size), num_crops, config)
+    padded_height = whole_tiles(height, config.image_size)
+    if (max(size), min(size)) == (width, height) == (width, padded_height):
+        return np.asarray(picture)
+    if array is not None:
+        picture = Image.fromarray(np.ascontiguousarray(array))
+    assert isinstance(picture, Image.Image)
+    # The published code transposes portraits and resizes them lying: Pillow filters rows first and rounds
+    # in between, so that resizing them upright would give other pixels.
+    if upright:
+        picture = picture.transpose(Image.Transpose.TRANSPOSE)
+    canvas = np.full((padded_height, width, 3), _WHITE, dtype=np.uint8)
+    top = (padded_height - height) // 2
+    canvas[top : top + height] = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    return canvas.transpose(1, 0, 2) if upright else canvas
 
 
 def resized_size(width: int, height: int, num_crops: int, config: VisionConfig) -> tuple[int, int]:
@@ -171,5 +189,6 @@ def tile_grid(height: int, width: int, config: VisionConfig) -> tuple[int, int]:
     return height // side, width // side
 
 
-def _whole_tiles(length: int, side: int) -> int:
+def whole_tiles(length: int, side: int) -> int:
+    """The smallest multiple of ``side`` that is at least ``length``."""
     return -(-length // side) * side

@@ -2,166 +2,136 @@
 
 A shard is an uncompressed tar whose members belong together by key: ``{key}.json`` beside ``{key}.0.png``,
 ``{key}.1.jpg`` and so on, the form that webdataset writes and reads. Only those members are ever looked at:
-nothing is unpickled, no command is run, no URL is opened, links and special files are passed over. What is
-broken is left out and counted.
+nothing is unpickled, no command is run, no URL is opened, nothing is extracted, links and special files are passed
+over. What is broken is left out and counted by reason.
 """
 
 import glob
-import json
+import hashlib
 import os
 import re
 import tarfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
-MAX_JSON_BYTES = 16 * 2**20
+import numpy as np
+
+from vision.descriptions import SkippedSample
+from vision.shard_index import ShardTable, open_index, parse_json
+
 MAX_OPEN_FILES = 64
-_PARTIAL = ".partial"
-_MEMBER = re.compile(rf"(?P<key>[^.]+)\.(?:(?P<json>json)|(?P<number>\d{{1,4}})\.(?:{'|'.join(IMAGE_SUFFIXES)}))")
-
-
-@dataclass(frozen=True)
-class Member:
-    """Where one file of a sample lies: shard number, offset and size in bytes."""
-
-    shard: int
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One complete sample: its key, its description and its images in order of their numbers."""
-
-    key: str
-    description: Member
-    images: tuple[Member, ...]
-
-
-@dataclass
-class Defects:
-    """What the index left out.
-
-    Attributes:
-        incomplete: samples without a description or with a gap in the numbers of their images.
-        foreign: members of other kinds (other suffixes, links, folders, devices).
-        truncated: shards that end before their last member does.
-    """
-
-    incomplete: int = 0
-    foreign: int = 0
-    truncated: int = 0
-
-
-@dataclass
-class _Parts:
-    description: Member | None = None
-    images: dict[int, Member] = field(default_factory=dict)
+_BLOCK = 512
 
 
 class ShardIndex:
-    """All complete samples of a list of shards, with access to their bytes.
+    """All usable samples of a list of shards, with access to their bytes.
 
     Args:
         data: folder of ``*.tar`` files, one file, a glob pattern, or a list of these.
 
+    Attributes:
+        paths: the shards.
+        table: columns over all samples (see ``vision.shard_index``).
+        shard: (N,) int32 shard of each sample, ascending.
+        first_image: (N + 1,) int64 where each sample's pictures begin in the columns of pictures.
+        left_out: what the index does not hold, by reason.
+
     Raises:
-        ValueError: if nothing matches, a source is a URL or a ``pipe:`` command, a shard is no uncompressed tar,
-            or no sample is complete.
+        ValueError: if nothing matches, a source is a URL or a ``pipe:`` command, or no sample is usable.
     """
 
     def __init__(self, data: str | Path | Sequence[str | Path]) -> None:
         self.paths = find_shards(data)
-        self.defects = Defects()
-        self.samples: list[Sample] = []
-        for number, path in enumerate(self.paths):
-            self.samples += self._scan(number, path)
+        self.left_out: Counter[str] = Counter()
+        tables = []
+        for path in self.paths:
+            table, left_out = open_index(path)
+            tables.append(table)
+            self.left_out += left_out
+        self.table = ShardTable.join(tables)
+        self.shard = np.repeat(np.arange(len(tables), dtype=np.int32), [len(table) for table in tables])
+        self.first_image = np.concatenate([[0], np.cumsum(self.table.num_images, dtype=np.int64)])
         self._files: OrderedDict[int, int] = OrderedDict()
         self._process = os.getpid()
-        if not self.samples:
+        if not len(self):
+            shown = [str(path) for path in self.paths[:5]]
             raise ValueError(
-                f"no complete sample in {[str(path) for path in self.paths]}: expected members named KEY.json and "
-                f"KEY.0.png, without further dots in KEY ({self.defects})"
+                f"no usable sample in {len(self.paths)} shards ({shown}): expected uncompressed tar files with members "
+                f"named KEY.json and KEY.0.png, without further dots in KEY; left out: {dict(self.left_out)}"
             )
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.table)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 
-    def read(self, member: Member) -> bytes:
-        """The bytes of one member, by position, so that processes may share the file."""
-        if self._process != os.getpid():  # a forked worker opens its own files
-            self._files, self._process = OrderedDict(), os.getpid()
-        if member.shard not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[member.shard] = os.open(self.paths[member.shard], os.O_RDONLY)
-        self._files.move_to_end(member.shard)
-        content = os.pread(self._files[member.shard], member.size, member.offset)
-        if len(content) != member.size:
-            raise ValueError(f"{self.paths[member.shard]} ended early: it was changed while it was in use")
-        return content
-
-    def describe(self, sample: Sample) -> Any:
+    def describe(self, number: int) -> Any:
         """The parsed description of a sample.
 
         Raises:
-            ValueError: if it is not JSON or larger than 16 MiB.
+            SkippedSample: if it is no JSON, or the shard was changed.
         """
-        if sample.description.size > MAX_JSON_BYTES:
-            raise ValueError(f"sample {sample.key!r}: its JSON exceeds {MAX_JSON_BYTES} bytes")
-        try:
-            return json.loads(self.read(sample.description))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"sample {sample.key!r}: its description is not JSON ({error})") from error
+        place = (self.table.description_offset[number], self.table.description_size[number])
+        return parse_json(self._read(int(self.shard[number]), *map(int, place)))
+
+    def read_images(self, number: int) -> list[bytes]:
+        """The picture files of a sample, in order.
+
+        Raises:
+            SkippedSample: if the shard was changed.
+        """
+        rows = range(int(self.first_image[number]), int(self.first_image[number + 1]))
+        shard = int(self.shard[number])
+        return [self._read(shard, int(self.table.image_offset[row]), int(self.table.image_size[row])) for row in rows]
+
+    def name(self, number: int) -> str:
+        """Shard and key of a sample, for messages."""
+        shard = int(self.shard[number])
+        header = self._read(shard, int(self.table.description_offset[number]) - _BLOCK, _BLOCK)
+        key = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name.removesuffix(".json")
+        return f"sample {key!r} of {self.paths[shard]}"
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard."""
+        return np.bincount(self.shard, minlength=len(self.paths)).tolist()
+
+    @property
+    def digest(self) -> str:
+        """Names the samples and their order, wherever the shards lie."""
+        digest = hashlib.sha256()
+        for path, size in zip(self.paths, self.shard_sizes, strict=True):
+            digest.update(f"{path.name} {size}\n".encode())
+        for column in (self.table.description_offset, self.table.draws, self.table.image_offset):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()[:16]
 
     def close(self) -> None:
         """Closes the files that reading opened."""
         while self._files and self._process == os.getpid():
             os.close(self._files.popitem()[1])
 
-    def _scan(self, number: int, path: Path) -> list[Sample]:
-        parts: dict[str, _Parts] = {}
-        length = path.stat().st_size
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        """Bytes of a shard, by position, so that processes may share the file."""
+        if self._process != os.getpid():  # a forked worker opens its own files
+            self._files, self._process = OrderedDict(), os.getpid()
         try:
-            with tarfile.open(path, mode="r:") as archive:
-                try:
-                    for member in archive:
-                        self._note(number, member, length, parts)
-                except tarfile.ReadError:
-                    self.defects.truncated += 1
-                    if parts:  # the last sample may have lost pictures
-                        parts.popitem()
-        except (tarfile.TarError, OSError) as error:
-            raise ValueError(f"shard {path} is no uncompressed tar file: {error}") from error
-        samples = []
-        for key, part in parts.items():
-            if part.description is None or sorted(part.images) != list(range(len(part.images))):
-                self.defects.incomplete += 1
-                continue
-            images = tuple(part.images[index] for index in range(len(part.images)))
-            samples.append(Sample(key, part.description, images))
-        return samples
-
-    def _note(self, shard: int, member: tarfile.TarInfo, length: int, parts: dict[str, _Parts]) -> None:
-        match = _MEMBER.fullmatch(member.name.removeprefix("./"))
-        if match is None or not member.isreg() or member.issparse() or member.size == 0:
-            self.defects.foreign += 1
-            return
-        place = Member(shard, member.offset_data, member.size)
-        part = parts.setdefault(match["key"], _Parts())
-        if member.offset_data + member.size > length:
-            self.defects.truncated += 1
-        elif match["json"]:
-            part.description = place
-        else:
-            part.images[int(match["number"])] = place
+            if shard not in self._files:
+                if len(self._files) >= MAX_OPEN_FILES:
+                    os.close(self._files.popitem(last=False)[1])
+                self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+            self._files.move_to_end(shard)
+            content = os.pread(self._files[shard], size, offset)
+        except OSError as error:
+            raise SkippedSample("unreadable_shard", f"{self.paths[shard]} cannot be read: {error}") from error
+        if len(content) != size:
+            raise SkippedSample(
+                "unreadable_shard", f"{self.paths[shard]} ended early: it was changed while it was in use"
+            )
+        return content
 
 
 def find_shards(data: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -174,7 +144,7 @@ def find_shards(data: str | Path | Sequence[str | Path]) -> list[Path]:
     paths: list[Path] = []
     for source in sources:
         text = str(source)
-        if text.startswith("pipe:") or re.match(r"[a-z][a-z0-9+.-]*://", text):
+        if text.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
             raise ValueError(f"shards are read from local files only, got {text!r}: copy them to a folder first")
         if Path(text).is_dir():
             found = sorted(Path(text).glob("*.tar"))
@@ -186,69 +156,3 @@ def find_shards(data: str | Path | Sequence[str | Path]) -> list[Path]:
     if not paths:
         raise ValueError("expected at least one shard, got an empty list")
     return paths
-
-
-class ShardWriter:
-    """Writes samples to numbered shards of a bounded number of samples, the same bytes for the same samples.
-
-    Shards get their names when the with-block ends, so that half the data is never taken for the whole.
-
-    Args:
-        folder: made if absent; shards of an earlier run in it are removed.
-        samples_per_shard: a new file begins after so many.
-    """
-
-    def __init__(self, folder: str | Path, samples_per_shard: int = 1000) -> None:
-        self.folder = Path(folder)
-        self.samples_per_shard = samples_per_shard
-        self.num_samples = 0
-        self.paths: list[Path] = []
-        self._archive: tarfile.TarFile | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for old in (*self.folder.glob("shard-*.tar"), *self.folder.glob(f"shard-*.tar{_PARTIAL}")):
-            old.unlink()
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, kind: object = None, *error: object) -> None:
-        self._close()
-        if kind is None:
-            for path in self.paths:
-                path.with_name(path.name + _PARTIAL).rename(path)
-
-    def _close(self) -> None:
-        if self._archive is not None:
-            self._archive.close()
-
-    def write(self, key: str, description: dict[str, Any], images: Sequence[tuple[str, bytes]]) -> None:
-        """Adds one sample.
-
-        Args:
-            key: without dots or slashes.
-            description: becomes ``{key}.json``.
-            images: (suffix, encoded bytes) of each image, in order.
-
-        Raises:
-            ValueError: for a key that webdataset would split.
-        """
-        if not key or "." in key or "/" in key:
-            raise ValueError(f"a sample's key must not be empty nor hold dots or slashes, got {key!r}")
-        if self.num_samples % self.samples_per_shard == 0:
-            self._close()
-            self.paths.append(self.folder / f"shard-{len(self.paths):05d}.tar")
-            partial = self.paths[-1].with_name(self.paths[-1].name + _PARTIAL)
-            self._archive = tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT)
-        members = [("json", json.dumps(description, ensure_ascii=False).encode())]
-        members += [(f"{number}.{suffix}", content) for number, (suffix, content) in enumerate(images)]
-        for suffix, content in members:
-            self._add(f"{key}.{suffix}", content)
-        self.num_samples += 1
-
-    def _add(self, name: str, content: bytes) -> None:
-        import io
-
-        assert self._archive is not None
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        self._archive.addfile(info, io.BytesIO(content))

@@ -145,6 +145,8 @@ def _open_data(
             "barrier": place.barrier,
         }
     opener = open_text if is_text else resolve(config.data_source or "vision.data:open_source")
+    if "accumulation_steps" in inspect.signature(opener).parameters:
+        common["accumulation_steps"] = config.gradient_accumulation_steps(place.world_size)
     _check_data_options(opener, config.data_options, common)
     if is_text:
         return open_text(config.data, **common, **config.data_options)

@@ -10,13 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
+import phi35
 from phi35 import presets
 from phi35.processor import Processor
 from phi35.tokenizer import Tokenizer
 from vision.augment import Augmentation, shift_content
 from vision.collator import IGNORED, Conversation, VisionCollator
-from vision.data import ShardLoader, open_source, parse_description
-from vision.shards import ShardWriter
+from vision.data import ShardLoader, open_source
+from vision.descriptions import parse_description
+from vision.image_transform import ImageTransform
+from vision.shard_writer import ShardWriter
 
 CONFIG = presets.get("small-vision")
 SMALL_MODEL = Path(presets.__file__).parent / "small_model"
@@ -98,7 +101,7 @@ def test_stream_depends_on_the_seed_alone(shards: Path, tokenizer: Tokenizer) ->
 
 
 def test_ranks_share_the_stream_and_epochs_visit_each_sample_its_draws(shards: Path, tokenizer: Tokenizer) -> None:
-    def open_rank(rank: int, world_size: int, size: int) -> ShardLoader:
+    def open_rank(rank: int, world_size: int, size: int, **options: object) -> ShardLoader:
         return open_source(
             shards,
             model_config=CONFIG,
@@ -107,10 +110,11 @@ def test_ranks_share_the_stream_and_epochs_visit_each_sample_its_draws(shards: P
             world_size=world_size,
             micro_batch_size=size,
             seed=1,
+            **options,
         )
 
     alone = rows(take(open_rank(0, 1, 4), 6))
-    shares = [take(open_rank(rank, 2, 2), 6) for rank in (0, 1)]
+    shares = [take(open_rank(rank, 2, 2, balanced=False), 6) for rank in (0, 1)]
     together = [row for step in range(6) for share in shares for row in rows([share[step]])]
     assert together == alone
     source = open_rank(0, 1, 1)
@@ -118,6 +122,39 @@ def test_ranks_share_the_stream_and_epochs_visit_each_sample_its_draws(shards: P
     first_epoch = rows(take(source, 11))
     pairs = [row for row in first_epoch if min(row) == -2]
     assert len(pairs) == 3 == len(set(pairs))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("world_size", "size", "turns"), [(1, 2, 4), (2, 4, 1), (2, 2, 2), (4, 1, 2), (4, 2, 1)])
+def test_a_global_batch_holds_the_same_samples_for_any_number_of_ranks(
+    shards: Path, tokenizer: Tokenizer, world_size: int, size: int, turns: int, packed: bool
+) -> None:
+    def open_rank(rank: int = 0, **options: object) -> ShardLoader:
+        return open_source(
+            shards, model_config=CONFIG, processor=tokenizer, rank=rank, augmentation=True, seed=1, **options
+        )
+
+    def samples(batches: list[dict[str, torch.Tensor]]) -> list[tuple[int, ...]]:
+        if not packed:
+            return rows(batches)
+        rebuilt = []
+        for batch in batches:
+            first = 0
+            for ids in batch["input_ids"][0].split(batch["sequence_lengths"][0].tolist()):
+                rebuilt.append(tuple(torch.where(ids < 0, ids + first, ids).tolist()))
+                first -= int(ids.min().clamp(max=0)) + first
+        return rebuilt
+
+    def pictures(batches: list[dict[str, torch.Tensor]]) -> list[bytes]:
+        return sorted(crop.numpy().tobytes() for batch in batches for crop in batch["pixel_values"])
+
+    whole = take(open_rank(micro_batch_size=8), 4)
+    options = {"world_size": world_size, "micro_batch_size": size, "accumulation_steps": turns, "packed": packed}
+    ranks = [take(open_rank(rank, **options), 4 * turns) for rank in range(world_size)]
+    for step in range(4):
+        batches = [batch for rank in ranks for batch in rank[step * turns : (step + 1) * turns]]
+        assert sorted(samples(batches)) == sorted(rows([whole[step]]))
+        assert pictures(batches) == pictures([whole[step]])
 
 
 def test_a_state_resumes_at_any_number_of_ranks(shards: Path, tokenizer: Tokenizer) -> None:
@@ -139,29 +176,32 @@ def test_a_state_resumes_at_any_number_of_ranks(shards: Path, tokenizer: Tokeniz
     resumed = open_rank()
     resumed.load_state_dict(state)
     assert all(same(a, b) for a, b in zip(take(resumed, 12), whole[8:], strict=True))
-    second = open_rank(rank=1, world_size=2, size=1)
-    second.load_state_dict(state)
-    assert rows(take(second, 12)) == rows(whole[8:])[1::2]
+    shares = []
+    for rank in (0, 1):
+        source = open_rank(rank=rank, world_size=2, size=1)
+        source.load_state_dict(state)
+        shares.append(rows(take(source, 12)))
+    assert [sorted(pair) for pair in zip(*shares, strict=True)] == [sorted(rows([batch])) for batch in whole[8:]]
     with pytest.raises(ValueError, match="seed"):
         open_source(shards, model_config=CONFIG, processor=tokenizer, seed=5).load_state_dict(state)
 
 
-def test_unreadable_pictures_give_way_and_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_unusable_samples_give_way_and_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with ShardWriter(tmp_path) as writer:
         for number in range(4):
-            content = b"no picture" if number == 1 else png(picture(number))
+            content = png(picture(number))
+            if number == 1:  # its header is whole
+                content = content[: len(content) // 2]
             writer.write(f"s{number}", {"messages": turns(f"number {number}?", "yes")}, [("png", content)])
         writer.write("s8", {"messages": turns("<|image_2|>?", "yes")}, [("png", png(picture(8)))])
         writer.write("s9", {"messages": "nonsense"}, [("png", png(picture(9)))])
     streams = []
-    for cached in (False, True):
-        source = open_source(
-            tmp_path, model_config=CONFIG, processor=tokenizer, micro_batch_size=4, cache_decoded=cached
-        )
+    for options in ({}, {"cache_decoded": True}, {"num_workers": 1}):
+        source = open_source(tmp_path, model_config=CONFIG, processor=tokenizer, micro_batch_size=4, **options)
         streams.append(rows(take(source, 2)))
-        assert source.num_skipped == 2
-        assert source.dataset.num_corrupt == 2
-    assert streams[0] == streams[1]
+        assert source.skips() == {"bad_description": 2, "unreadable_image": 2}
+        assert not open_source(tmp_path, model_config=CONFIG, processor=tokenizer, rank=1, world_size=2).skips()
+    assert streams[0] == streams[1] == streams[2]
     texts = {tokenizer.decode(row) for row in streams[0]}
     assert len(texts) == 3 and not any("number 1" in text for text in texts)
 
@@ -171,9 +211,11 @@ def test_labels_cover_the_replies_through_their_end(tokenizer: Tokenizer) -> Non
     messages = (("user", "<|image_1|>\nwhat?"), ("assistant", "red"), ("user", "and this?"), ("assistant", "a circle"))
     batch = collator([Conversation(messages, (picture(1),)), Conversation((("user", "hi"), ("assistant", "yes")))])
     end = tokenizer.special_ids["<|end|>"]
+    last = [end, *tokenizer.encode("\n<|endoftext|>", False)]  # as published, after the last reply alone
+    assert last[-1] == tokenizer.special_ids["<|endoftext|>"]
     expected = [
-        [*tokenizer.encode("red", False), end, *tokenizer.encode("a circle", False), end],
-        [*tokenizer.encode("yes", False), end],
+        [*tokenizer.encode("red", False), end, *tokenizer.encode("a circle", False), *last],
+        [*tokenizer.encode("yes", False), *last],
     ]
     for row, wanted in enumerate(expected):
         labels = batch["labels"][row]
@@ -198,34 +240,50 @@ def test_training_prompts_are_those_of_the_processor(tokenizer: Tokenizer, quest
     assert torch.equal(batch["image_sizes"], asked["image_sizes"])
 
 
-def test_pictures_of_one_tile_take_the_short_way_with_the_same_result(tokenizer: Tokenizer) -> None:
-    collator = VisionCollator(tokenizer, CONFIG)
-    images = [picture(seed) for seed in range(4)]
-    fast, sizes = collator.crops(images)
-    slow = torch.cat([collator.transform(image).pixel_values for image in images])
-    assert torch.equal(fast, slow)  # bicubic resampling at scale 1 returns its input exactly
-    assert sizes == [(64, 64)] * 4
-
-
-def test_what_crosses_to_the_device_is_completed_there_to_the_same_bits(shards: Path, tokenizer: Tokenizer) -> None:
-    def opened(num_workers: int = 0) -> ShardLoader:
-        return open_source(
-            shards, model_config=CONFIG, processor=tokenizer, micro_batch_size=3, num_workers=num_workers
-        )
-
-    whole = take(opened(), 4)
-    for num_workers in (0, 1):
-        source = opened(num_workers)
-        stream = source.compact()
-        compact = [next(stream) for _ in range(4)]
-        assert all("pixel_values" not in batch and batch["pictures"].dtype == torch.uint8 for batch in compact)
-        assert all(same(source.expand(batch), other) for batch, other in zip(compact, whole, strict=True))
-        assert source.state_dict()["position"] == 12
-    collator = VisionCollator(tokenizer, CONFIG)
+def test_pictures_cross_as_bytes_and_become_the_crops_of_the_transform(tokenizer: Tokenizer) -> None:
+    config = presets.get("tiny-phi-3.5-vision")
+    collator = VisionCollator(tokenizer, config, num_crops=6)
+    transform = ImageTransform(config.vision)
+    sizes = [(64, 64), (40, 90), (200, 31), (64, 64), (128, 192), (90, 40), (1, 1), (300, 300)]
+    images = tuple(
+        picture(seed, size) if min(size) > 20 else np.full((*size, 3), seed, np.uint8)
+        for seed, size in enumerate(sizes)
+    )
     turns = (("user", "what?"), ("assistant", "yes"))
-    for size in ((40, 90), (64, 64)):  # not one tile: cropped at once
-        batch = collator.compact([Conversation(turns, (picture(1, size),)), Conversation(turns, (picture(2),))])
-        assert ("pictures" in batch) == (size == (64, 64))
+    for chosen in (images, images[:1], images[1:2] * 3):
+        batch = collator.compact([collator.example(Conversation(turns, chosen))])
+        expected = [transform(np.ascontiguousarray(image), 6) for image in chosen]
+        assert batch["pictures"].dtype == torch.uint8 and "pixel_values" not in batch
+        assert len(batch["pictures"]) == sum(3 * h * w for h, w in (one.image_size for one in expected))
+        expanded = collator.expand(batch)
+        assert torch.equal(expanded["pixel_values"], torch.cat([one.pixel_values for one in expected]))
+        assert expanded["image_sizes"].tolist() == [list(one.image_size) for one in expected]
+
+
+def test_packed_samples_are_the_padded_ones_in_one_row(tokenizer: Tokenizer) -> None:
+    config = presets.get("tiny-phi-3.5-vision")
+    padded, packed = (VisionCollator(tokenizer, config, packed=flag) for flag in (False, True))
+    conversations = [
+        Conversation((("user", "<|image_2|>\n<|image_1|>\nwhat?"), ("assistant", "red")), (picture(1), picture(2))),
+        Conversation((("user", "hi"), ("assistant", "yes"))),
+        Conversation((("user", "this?"), ("assistant", "a circle")), (picture(3, (40, 90)),)),
+    ]
+    row, rows = packed(conversations), padded(conversations)
+    assert torch.equal(row["pixel_values"], rows["pixel_values"])
+    assert "attention_mask" not in row
+    model = phi35.create(config, seed=1).train(False)
+    with torch.no_grad():
+        together = model(**row).logits[0].split(row["sequence_lengths"][0].tolist())
+        alone = model(**rows)
+        losses = [model(**packed([one])).loss for one in conversations]
+    for index, logits in enumerate(together):
+        real = rows["attention_mask"][index].bool()
+        assert len(logits) == real.sum()
+        torch.testing.assert_close(logits, alone.logits[index][real], rtol=0, atol=3e-6)  # measured 6e-7
+    counts = torch.tensor([int((packed([one])["labels"] >= 0).sum()) for one in conversations])
+    expected = (torch.stack(losses) * counts).sum() / counts.sum()
+    with torch.no_grad():
+        assert abs(model(**row).loss - expected) < 2e-6  # measured 5e-7
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from vision.easy_vqa import (
@@ -105,22 +106,22 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 def test_training_shards_hold_no_test_picture(index: ShardIndex) -> None:
     assert len(index) == 4070
-    stored = {hashlib.sha256(index.read(member)).hexdigest() for sample in index.samples for member in sample.images}
+    stored = {hashlib.sha256(file).hexdigest() for number in range(len(index)) for file in index.read_images(number)}
     hashes = {
         name: {hashlib.sha256(path.read_bytes()).hexdigest() for path in load_split(name).image_paths.values()}
         for name in ("train", "test")
     }
     assert stored == hashes["train"]
     assert not stored & hashes["test"]
-    pairs = [index.describe(sample) for sample in index.samples if len(sample.images) == 2]
+    pairs = [index.describe(number) for number in np.flatnonzero(index.table.num_images == 2)]
     assert set(Counter(pair["kind"] for pair in pairs).values()) == {10}
 
 
 def test_single_image_draws_balance_yes_and_no_by_wording(index: ShardIndex) -> None:
     weights: Counter[tuple[str, str]] = Counter()
-    for sample in index.samples:
-        description = index.describe(sample)
-        if len(sample.images) == 1:
+    for number in range(len(index)):
+        description = index.describe(number)
+        if index.table.num_images[number] == 1:
             total = sum(item["weight"] for item in description["conversations"])
             for item in description["conversations"]:
                 question, answer = (turn["content"].lower() for turn in item["messages"])
