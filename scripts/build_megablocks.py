@@ -6,6 +6,7 @@ built with torch 2.11 and 2.14 on CUDA 13.0. CUDA 12 goes by the same steps and 
 
     python scripts/build_megablocks.py                     # fetches the sources through pip
     python scripts/build_megablocks.py --source FOLDER     # takes FOLDER/*.tar.gz, no network
+    python scripts/build_megablocks.py --unpack FOLDER     # Python sources alone, for the tests on a CPU
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -39,7 +41,10 @@ def main() -> int:
     parser.add_argument("--arch", help="compute capabilities, such as '9.0' or '8.0;9.0' (default: this machine's)")
     parser.add_argument("--target", type=Path, help="install into this folder instead of the environment")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="parallel compilations")
+    parser.add_argument("--unpack", type=Path, help="compile nothing: only put the Python sources into this folder")
     arguments = parser.parse_args()
+    if arguments.unpack is not None:
+        return unpack(arguments.source, arguments.unpack)
     missing = check(arguments.arch)
     if missing:
         print("cannot build MegaBlocks here:", *(f"  - {line}" for line in missing), sep="\n", file=sys.stderr)
@@ -104,6 +109,23 @@ def locate(name: str, version: str, source: Path | None, work: Path) -> Path:
     if not found:
         raise RuntimeError(f"{folder} has no {' or '.join(sorted(wanted))}")
     return found[0].resolve()
+
+
+def unpack(source: Path | None, target: Path) -> int:
+    """Put the Python packages of the archives into a folder; returns the exit status."""
+    modules = {"stanford-stk": "stk", "grouped-gemm": "grouped_gemm", "megablocks": "megablocks"}
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            for name, version in PACKAGES:
+                with tarfile.open(locate(name, version, source, Path(scratch))) as archive:
+                    archive.extractall(scratch, filter="data")
+                (extracted,) = Path(scratch).glob(f"*-{version}/{modules[name]}")
+                shutil.copytree(extracted, target / modules[name], dirs_exist_ok=True)
+        except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
+            print(f"cannot unpack MegaBlocks' sources: {error}", file=sys.stderr)
+            return 1
+    print(f"the Python sources of MegaBlocks, stanford-stk and grouped-gemm are in {target}")
+    return 0
 
 
 def install(name: str, archive: Path, work: Path, arguments: argparse.Namespace) -> None:
