@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -114,13 +115,16 @@ def plan_shards(tensors: Mapping[str, Writable], max_bytes: int) -> list[list[st
     return shards
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Writable], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Writable], metadata: Mapping[str, str] | None = None, digest: Any = None
+) -> None:
     """Write one safetensors file, one tensor on the host at a time, and flush it to the disk.
 
     Args:
         path: the file.
         tensors: name -> tensor on any device; views are fine, and so are tensors not made yet.
         metadata: strings for the header.
+        digest: a ``hashlib`` object that is fed the file's bytes as they are written.
 
     Raises:
         ValueError: for a dtype the format lacks, before the file is opened.
@@ -130,11 +134,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Writable], metadata: Map
         raise ValueError(f"cannot write these dtypes as safetensors: {unknown}")
     text = _header(tensors, metadata)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+
+        def write(content: Any) -> None:
+            file.write(content)
+            if digest is not None:
+                digest.update(content)
+
+        write(len(text).to_bytes(8, "little") + text)
         for name in _ordered(tensors):
             flat = _made(name, tensors[name]).detach().to("cpu").contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            write(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,6 +1,9 @@
 """The command line of a training run, shared by the scripts and ``phi35 train``."""
 
 import argparse
+import os
+import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,12 +28,15 @@ def run(
         description: shown by --help.
 
     Returns:
-        Exit status: 0, or 2 for a mistake in the settings.
+        Exit status: 0; 2 for a mistake in the settings; 1 where the last checkpoint could not be written; 128 + the
+        signal's number for a run that was asked to stop and has saved.
     """
     from phi35.training import environment
     from phi35.training.config import read_config
     from phi35.training.deepspeed_config import config_fields, read_deepspeed_file
     from phi35.training.run import train
+    from phi35.training.saving import SaveError
+    from phi35.training.stopping import RunStopped
 
     options = _parser(description).parse_args(arguments)
     try:
@@ -43,6 +49,20 @@ def run(
     except ValueError as error:
         print(f"error: {error}")
         return 2
+    except RunStopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}; the same command goes on from there", flush=True)
+        return stopped.exit_status
+    except SaveError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        # This rank's traceback comes first, before the others notice; leaving the group in order could hang.
+        print(f"rank {os.environ['RANK']} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
     finally:
         environment.stop()
     return 0

@@ -1,99 +1,75 @@
-"""Saving and loading a training run's state, independent of how it was spread over processes.
+"""Loading a training run's state, independent of how it was spread over processes.
 
 Tensors are gathered one parameter at a time and stored whole under their names, so that a checkpoint of any world
 size, ZeRO stage and expert-parallel size loads at any other. DeepSpeed's own checkpoint files play no part.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from phi35.config import ModelConfig
-from phi35.registry import resolve
 from phi35.training import checkpoint_files as files
-from phi35.training.checkpoint_files import CheckpointReader, TensorWriter
+from phi35.training.checkpoint_files import CheckpointReader
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
 from phi35.training.optimizer_state import MOMENTS, PARAMETER, OptimizerState
-from phi35.training.random_state import random_state, restore_random_state, seed_everything
-
-
-def save(root: str | Path, step: int, engine: Engine, state: dict[str, Any], keep_last: int = 0) -> Path:
-    """Writes a checkpoint; all ranks call it, on one file system.
-
-    Args:
-        root: folder of the run's checkpoints.
-        step: updates made.
-        engine: whose weights and moments are saved.
-        state: plain data to keep with them (data position, configs).
-        keep_last: older checkpoints beyond this number are removed; 0 keeps all.
-
-    Returns:
-        The checkpoint's folder.
-    """
-    from safetensors.torch import save_file
-
-    root, environment = Path(root), engine.environment
-    if environment.is_main:
-        folder = files.begin(root, step)
-    environment.barrier()
-    folder = root / f".writing-{files.folder_name(step)}"
-    optimizer = OptimizerState(engine)
-    writer = TensorWriter(folder, f"{environment.rank:05d}")
-    num_steps = optimizer.num_steps
-    for name, parameter in engine.model.named_parameters():
-        kinds = (PARAMETER, *MOMENTS) if parameter.requires_grad and num_steps else (PARAMETER,)
-        for kind in kinds:
-            value = optimizer.read(parameter, kind)
-            if _writes(parameter, environment):
-                offset, rows = getattr(parameter, "expert_shard", (0, None))
-                writer.add(kind, name, value, offset=offset, rows=rows)
-    writer.flush()
-    random_file = _random_file(environment.rank)
-    save_file(random_state(), folder / random_file)
-    mine = {name: files.describe_file(folder / name) for name in (*writer.files, random_file)}
-    gathered = _gather((writer.pieces, mine), environment)
-    final = root / files.folder_name(step)
-    if environment.is_main:
-        trainer = {**state, "step": step, "optimizer_steps": num_steps, "world_size": environment.world_size}
-        pieces = [piece for rank_pieces, _ in gathered for piece in rank_pieces]
-        described = {name: entry for _, rank_files in gathered for name, entry in rank_files.items()}
-        files.commit(folder, step, trainer=trainer, pieces=pieces, files=described)
-        files.prune(root, keep_last)
-    environment.barrier()
-    return final
+from phi35.training.random_state import restore_random_state, seed_everything
 
 
 def open_newest(root: str | Path, environment: Environment) -> CheckpointReader | None:
-    """The newest complete checkpoint below ``root``, verified by rank 0; None where there is none.
+    """The newest good checkpoint below ``root``, verified by all ranks together; None where there is none at all.
+
+    A damaged one is reported and renamed to ``damaged-step-...``, and the one before it is taken.
 
     Raises:
-        ValueError: on every rank, naming the files that are damaged.
+        ValueError: on every rank, naming the files that are damaged, if no checkpoint is left.
     """
-    found = files.complete_checkpoints(root) if environment.is_main else []
-    (folder,) = broadcast([found[-1] if found else None], environment)
-    return None if folder is None else open_checkpoint(folder, environment)
+    found = environment.broadcast([str(path) for path in files.complete_checkpoints(root)])
+    reports = []
+    for folder in reversed(found):
+        try:
+            reader = open_checkpoint(folder, environment)
+        except ValueError as error:
+            reports.append(str(error))
+            continue
+        if environment.is_main and reports:
+            asides = [files.put_aside(Path(damaged), "damaged") for damaged in found[len(found) - len(reports) :]]
+            print(
+                f"warning: {'; '.join(reports)}. It counts no more ({', '.join(map(str, asides))}); the run goes on "
+                f"from {folder!r}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return reader
+    if reports:
+        raise ValueError(f"no good checkpoint is left below {str(root)!r}: {'; '.join(reports)}")
+    return None
 
 
 def open_checkpoint(folder: str | Path, environment: Environment) -> CheckpointReader:
-    """A checkpoint, verified by rank 0.
+    """A checkpoint, of which every rank verifies a part of the files.
 
     Raises:
         ValueError: on every rank, naming the files that are damaged.
     """
-    problem = None
-    if environment.is_main:
-        try:
-            CheckpointReader(folder)
-        except ValueError as error:
-            problem = str(error)
-    (problem,) = broadcast([problem], environment)
-    if problem is not None:
-        raise ValueError(problem)
-    return CheckpointReader(folder, verify=False)
+    message, damage = None, []
+    try:
+        reader = CheckpointReader(folder, verify=False)
+        names = sorted(reader.manifest["files"])
+        damage = reader.damage(names[environment.rank :: environment.world_size])
+    except ValueError as error:
+        message = str(error)
+    gathered = environment.gather((message, damage))
+    unreadable = [message for message, _ in gathered if message]
+    problems = [problem for _, damage in gathered for problem in damage]
+    if unreadable or problems:
+        raise ValueError(unreadable[0] if unreadable else files.damage_message(Path(folder), problems))
+    return reader
 
 
 @torch.no_grad()
@@ -139,7 +115,7 @@ def load_optimizer(engine: Engine, reader: CheckpointReader) -> None:
 def load_random_state(reader: CheckpointReader, environment: Environment, seed: int) -> None:
     """Restores this rank's generators; at another number of ranks they are seeded anew for this step."""
     if reader.trainer["world_size"] == environment.world_size:
-        restore_random_state(reader.read_file(_random_file(environment.rank)))
+        restore_random_state(reader.read_file(files.random_file(environment.rank)))
     else:
         seed_everything(seed, environment.rank, reader.trainer["step"])
 
@@ -158,29 +134,3 @@ def _read(reader: CheckpointReader, kind: str, name: str, parameter: Any) -> tor
     if not hasattr(parameter, "expert_shard"):
         return reader.read(kind, name)
     return reader.read(kind, name, offset=parameter.expert_shard[0], rows=parameter.shape[0])
-
-
-def _writes(parameter: Any, environment: Environment) -> bool:
-    """Whether this rank writes a tensor: rank 0, or of each part of the experts the first rank that holds it."""
-    if getattr(parameter, "allreduce", True):
-        return environment.is_main
-    return distributed.get_rank(resolve("moe.deepspeed_adapter:expert_data_group")(parameter.group_name)) == 0
-
-
-def _random_file(rank: int) -> str:
-    return f"random-{rank:05d}.safetensors"
-
-
-def _gather(value: Any, environment: Environment) -> list[Any]:
-    if environment.world_size == 1:
-        return [value]
-    gathered: list[Any] = [None] * environment.world_size
-    distributed.all_gather_object(gathered, value)
-    return gathered
-
-
-def broadcast(values: list[Any], environment: Environment) -> list[Any]:
-    """Rank 0's plain values on every rank."""
-    if environment.world_size > 1:
-        distributed.broadcast_object_list(values, src=0)
-    return values

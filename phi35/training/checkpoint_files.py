@@ -8,7 +8,8 @@ A checkpoint is a folder ``step-00000100`` with
 - ``trainer.json``: step, data position, configs, versions,
 - ``manifest.json``: the tensors' places and each file's size and SHA-256, written last.
 
-The folder gets its name only when all of it is on disk, so that a folder of that name is complete.
+The folder gets its name only when all of it is on disk, files and directories, so that a folder of that name is
+complete. Nothing but safetensors and JSON is ever opened; a file that the manifest does not list is not read.
 """
 
 import hashlib
@@ -16,6 +17,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,56 +27,8 @@ import torch
 FORMAT = 1
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
-BYTES_PER_FILE = 2**30
+HASHING_THREADS = 4
 _NAME = re.compile(r"step-(\d{8,})")
-
-
-class TensorWriter:
-    """Writes tensors to safetensors files of bounded size, holding at most one file's worth in memory.
-
-    Args:
-        folder: where the files go.
-        label: distinguishes this rank's files.
-    """
-
-    def __init__(self, folder: Path, label: str) -> None:
-        self.folder, self.label = folder, label
-        self.pieces: list[dict[str, Any]] = []
-        self.files: list[str] = []
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-
-    def add(self, kind: str, name: str, tensor: torch.Tensor, *, offset: int = 0, rows: int | None = None) -> None:
-        """Queues a tensor.
-
-        Args:
-            kind: what it is of the parameter.
-            name: the parameter's name.
-            tensor: a whole tensor, or rows of it along dim 0.
-            offset: first row that this piece holds.
-            rows: rows of the whole tensor; None where ``tensor`` is whole.
-        """
-        whole = list(tensor.shape) if rows is None else [rows, *tensor.shape[1:]]
-        tensor = tensor.detach().to("cpu", copy=True).contiguous()
-        self._pending[f"{kind}.{name}"] = tensor
-        self._pending_bytes += tensor.numel() * tensor.element_size()
-        piece = {"kind": kind, "name": name, "shape": whole, "offset": offset, "rows": list(tensor.shape)[:1]}
-        self.pieces.append({**piece, "file": self._file_name()})
-        if self._pending_bytes >= BYTES_PER_FILE:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what is queued."""
-        from safetensors.torch import save_file
-
-        if self._pending:
-            name = self._file_name()
-            save_file(self._pending, self.folder / name)
-            self.files.append(name)
-            self._pending, self._pending_bytes = {}, 0
-
-    def _file_name(self) -> str:
-        return f"tensors-{self.label}-{len(self.files):05d}.safetensors"
 
 
 class CheckpointReader:
@@ -100,13 +55,13 @@ class CheckpointReader:
             intact = False
         if not intact:
             raise ValueError(f"{str(manifest)!r} is altered or of another format; use another checkpoint")
+        self._refuse_foreign_files()
         if verify:
             self.verify()
         self.trainer: dict[str, Any] = json.loads((self.folder / TRAINER).read_text())
         self._pieces: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for piece in self.manifest["tensors"]:
             self._pieces.setdefault((piece["kind"], piece["name"]), []).append(piece)
-        self._open: dict[str, Any] = {}
 
     def verify(self) -> None:
         """Compares every file with the manifest.
@@ -114,17 +69,38 @@ class CheckpointReader:
         Raises:
             ValueError: naming each file that is missing or altered.
         """
-        problems = []
-        for name, expected in self.manifest["files"].items():
-            path = self.folder / name
-            if not path.is_file():
-                problems.append(f"{name} is missing")
-            elif path.stat().st_size != expected["bytes"]:
-                problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-            elif file_digest(path) != expected["sha256"]:
-                problems.append(f"{name} is altered: its SHA-256 differs from the manifest's")
+        problems = self.damage(self.manifest["files"])
         if problems:
-            raise ValueError(f"checkpoint {str(self.folder)!r} is damaged: " + "; ".join(problems))
+            raise ValueError(damage_message(self.folder, problems))
+
+    def damage(self, names: Iterable[str]) -> list[str]:
+        """What is wrong with some of the manifest's files, a line for each that is missing or altered."""
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            return [problem for problem in pool.map(self._file_damage, names) if problem]
+
+    def _file_damage(self, name: str) -> str | None:
+        path, expected = self.folder / name, self.manifest["files"][name]
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if file_digest(path) != expected["sha256"]:
+                return f"{name} is altered: its SHA-256 differs from the manifest's"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+        return None
+
+    def _refuse_foreign_files(self) -> None:
+        """A manifest that was forged could name any file; none outside, and none of another format, is opened."""
+        listed = {*self.manifest["files"], *(piece["file"] for piece in self.manifest["tensors"])}
+        outside = sorted(name for name in listed if Path(name).name != name or name in ("", ".", ".."))
+        foreign = sorted(name for name in listed if not name.endswith((".safetensors", ".json")))
+        if outside or foreign:
+            raise ValueError(
+                f"checkpoint {str(self.folder)!r} is refused: its manifest names {[*outside, *foreign][:5]}; only "
+                "safetensors and JSON files inside the folder are opened, never pickles"
+            )
 
     def names(self, kind: str) -> set[str]:
         """Parameters that have a tensor of this kind."""
@@ -168,17 +144,42 @@ class CheckpointReader:
         return load_file(self.folder / name)
 
     def _slice(self, piece: dict[str, Any], kind: str, name: str, rows: slice | None) -> torch.Tensor:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        if piece["file"] not in self._open:
-            self._open[piece["file"]] = safe_open(self.folder / piece["file"], framework="pt")
-        opened, key = self._open[piece["file"]], f"{kind}.{name}"
-        return opened.get_tensor(key) if rows is None else opened.get_slice(key)[rows]
+        key = f"{kind}.{name}"
+        try:
+            # Opened for each tensor: an open file keeps every page in memory that was read of it.
+            with safe_open(self.folder / piece["file"], framework="pt") as opened:
+                return opened.get_tensor(key) if rows is None else opened.get_slice(key)[rows]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{piece['file']} of checkpoint {str(self.folder)!r} cannot be read: {error}") from error
+
+
+def damage_message(folder: Path, problems: list[str]) -> str:
+    """How damage to a checkpoint's files is reported."""
+    return f"checkpoint {str(folder)!r} is damaged: " + "; ".join(problems)
 
 
 def folder_name(step: int) -> str:
     """Name of the checkpoint after ``step`` updates."""
     return f"step-{step:08d}"
+
+
+def writing_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` updates is written before it gets its name."""
+    return root / f".writing-{folder_name(step)}"
+
+
+def random_file(rank: int) -> str:
+    """Name of the file with a rank's random state."""
+    return f"random-{rank:05d}.safetensors"
+
+
+def step_of(folder: Path) -> int:
+    """Updates made before a checkpoint, by its name."""
+    match = _NAME.fullmatch(folder.name)
+    assert match, f"{folder} is not named like a checkpoint"
+    return int(match[1])
 
 
 def complete_checkpoints(root: str | Path) -> list[Path]:
@@ -192,34 +193,36 @@ def complete_checkpoints(root: str | Path) -> list[Path]:
 
 def begin(root: Path, step: int) -> Path:
     """A fresh folder to write a checkpoint into, beside the complete ones; leftovers of dead writers go."""
-    root.mkdir(parents=True, exist_ok=True)
+    if not root.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        _sync(root.parent)
     for leftover in root.glob(".writing-*"):
         shutil.rmtree(leftover)
-    folder = root / f".writing-{folder_name(step)}"
+    folder = writing_folder(root, step)
     folder.mkdir()
     return folder
 
 
 def commit(
-    folder: Path, step: int, *, trainer: dict[str, Any], pieces: list[dict[str, Any]], files: dict[str, dict[str, Any]]
+    folder: Path, step: int, *, trainer: str, pieces: list[dict[str, Any]], files: dict[str, dict[str, Any]]
 ) -> Path:
     """Writes the manifest, brings everything to disk and gives the folder its name.
 
     Args:
         folder: from ``begin``, with all ranks' files.
         step: updates made.
-        trainer: trainer state, plain data.
+        trainer: trainer state, JSON.
         pieces: places of all tensors.
         files: size and SHA-256 of each file written so far.
     """
-    (folder / TRAINER).write_text(json.dumps(trainer, indent=1))
+    (folder / TRAINER).write_text(trainer)
     files = {**files, TRAINER: describe_file(folder / TRAINER)}
     body = {"format": FORMAT, "step": step, "files": files, "tensors": pieces}
     (folder / MANIFEST).write_text(json.dumps({**body, "sha256": _text_digest(body)}))
     _sync(folder / MANIFEST)
     _sync(folder)
     final = folder.with_name(folder_name(step))
-    replaced = _put_away(final) if final.exists() else None  # the same step of an earlier run
+    replaced = hide(final) if final.exists() else None  # the same step of an earlier run
     folder.rename(final)
     _sync(final.parent)
     if replaced is not None:
@@ -227,12 +230,18 @@ def commit(
     return final
 
 
-def prune(root: Path, keep_last: int) -> list[Path]:
-    """Removes all but the newest ``keep_last`` complete checkpoints (0 keeps all); returns what was removed."""
-    removed = complete_checkpoints(root)[:-keep_last] if keep_last else []
-    for folder in removed:
-        shutil.rmtree(_put_away(folder))
-    return removed
+def outdated(root: Path, keep_last: int, keep_every: int = 0) -> list[Path]:
+    """Complete checkpoints beyond the newest ``keep_last`` (0 keeps all), but for every ``keep_every``-th step's."""
+    found = complete_checkpoints(root)[:-keep_last] if keep_last else []
+    return [folder for folder in found if not keep_every or step_of(folder) % keep_every]
+
+
+def put_aside(folder: Path, why: str) -> Path:
+    """Renames a checkpoint to ``<why>-step-...``, in place of an earlier one, so that it counts no more."""
+    aside = folder.with_name(f"{why}-{folder.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return folder.rename(aside)
 
 
 def set_aside(root: Path) -> Path | None:
@@ -249,7 +258,7 @@ def set_aside(root: Path) -> Path | None:
     return root.rename(replaced)
 
 
-def _put_away(folder: Path) -> Path:
+def hide(folder: Path) -> Path:
     """Takes a checkpoint's name away at once, so that one half removed never counts; ``begin`` clears leftovers."""
     away = folder.with_name(f".writing-removed-{folder.name}")
     if away.exists():

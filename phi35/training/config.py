@@ -67,6 +67,9 @@ class TrainingConfig:
         output_dir: folder of everything the run writes.
         save_interval: steps between checkpoints; 0: only at the end.
         keep_last: checkpoints kept; 0 keeps all.
+        keep_every: checkpoints of every this-many-th step are kept for good; 0 for none.
+        async_save: write checkpoints beside the training, which waits for the copy to host memory alone.
+        hang_timeout_seconds: a rank without progress for so long ends the run with its stacks; 0 for never.
         resume: continue from the newest complete checkpoint of ``output_dir``, if there is one.
         log_interval: steps between two reads of the losses from the device; metrics hold every step all the same.
         trackers: where the numbers go besides the terminal and ``metrics.jsonl``: "tensorboard", "wandb"; None takes
@@ -116,6 +119,9 @@ class TrainingConfig:
     output_dir: str = "runs/default"
     save_interval: int = 0
     keep_last: int = 2
+    keep_every: int = 0
+    async_save: bool = False
+    hang_timeout_seconds: float = 1800.0
     resume: bool = True
     log_interval: int = 1
     trackers: tuple[str, ...] | None = None

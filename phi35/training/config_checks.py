@@ -76,6 +76,7 @@ def _number_problems(config: "TrainingConfig") -> Iterator[str]:
             yield f"{name} must be at least 1, got {value}"
     at_least_zero = (
         "num_workers warmup_steps decay_steps weight_decay gradient_clipping adam_epsilon save_interval keep_last "
+        "keep_every hang_timeout_seconds "
         "router_z_loss_coef router_bias_update_rate"
     )
     for name in at_least_zero.split():

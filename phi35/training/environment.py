@@ -1,5 +1,6 @@
 """Processes: what DeepSpeed expects of the environment, with and without its launcher."""
 
+import datetime
 import logging
 import os
 import socket
@@ -21,6 +22,8 @@ class Environment:
     local_rank: int
     world_size: int
     device: torch.device
+    control_group: Any = None
+    """Process group on the hosts for small plain values, beside a GPU's; None for the default one."""
 
     @property
     def is_main(self) -> bool:
@@ -32,8 +35,28 @@ class Environment:
         if self.world_size > 1:
             distributed.barrier()
 
+    def wait_for_main(self) -> None:
+        """Waits for all ranks, however long rank 0 takes over work that it does alone."""
+        if self.world_size > 1:
+            distributed.monitored_barrier(group=self.control_group, timeout=datetime.timedelta(days=30))
 
-def start(device: str | None = None) -> Environment:
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's plain value on every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(gathered, value, group=self.control_group)
+        return gathered
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's plain value on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            distributed.broadcast_object_list(values, src=0, group=self.control_group)
+        return values[0]
+
+
+def start(device: str | None = None, timeout_seconds: float = 1800.0) -> Environment:
     """Joins the process group, as rank of a launcher or as the only process.
 
     Nothing is compiled: DeepSpeed's shared-memory collectives for the CPU, which it would build on first use, are
@@ -41,6 +64,7 @@ def start(device: str | None = None) -> Environment:
 
     Args:
         device: "cpu" or "cuda"; by default CUDA where there is a device.
+        timeout_seconds: after which a collective that not all ranks have joined is an error.
 
     Raises:
         ValueError: if only some of the launcher's variables are set, or there is no CUDA device to be had.
@@ -71,8 +95,13 @@ def start(device: str | None = None) -> Environment:
     elif "OMP_NUM_THREADS" not in os.environ:
         # Half the cores: threads that wait for a busy core spin, which cost a shared machine a factor of ten.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // (2 * world_size)))
-    deepspeed.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)
-    return Environment(rank=rank, local_rank=local_rank, world_size=world_size, device=chosen)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    deepspeed.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False, timeout=timeout)
+    on_gpus = device_type == "cuda" and world_size > 1
+    control_group = distributed.new_group(backend="gloo", timeout=timeout) if on_gpus else None
+    return Environment(
+        rank=rank, local_rank=local_rank, world_size=world_size, device=chosen, control_group=control_group
+    )
 
 
 def stop() -> None:

@@ -1,19 +1,23 @@
 """The loop of a training run: batches to the device, updates, metrics, checkpoints."""
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
-from phi35.training import checkpoint
+from phi35.training.checkpoint_files import folder_name
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
 from phi35.training.flops import Work, batch_work
 from phi35.training.loss import count_tokens
 from phi35.training.metrics import Metrics
+from phi35.training.saving import CheckpointSaver, SaveError
 from phi35.training.sequence import local_part
+from phi35.training.stopping import Agreement, RunStopped, StopRequest
+from phi35.training.watchdog import Watchdog
 
 HOST_INPUTS = ("image_sizes", "sequence_lengths")
 """Inputs of which the model reads the values: on the device it would have to wait for them."""
@@ -24,60 +28,135 @@ def run_steps(
 ) -> Path:
     """The loop: ``max_steps`` updates, a checkpoint now and then and one at the end.
 
+    Args:
+        engine: with the state of ``first_step``.
+        source: this rank's micro-batches.
+        metrics: takes each step's numbers.
+        first_step: updates made before.
+        root: folder of the checkpoints, in the run's folder.
+        state: plain data to keep in each checkpoint.
+
     Returns:
         The last checkpoint's folder.
+
+    Raises:
+        RunStopped: on all ranks, if a signal or the launcher's death ended the run; a checkpoint is saved.
+        SaveError: on all ranks, if the last checkpoint could not be written.
     """
-    config, place = engine.config, engine.environment
-    accumulation = config.gradient_accumulation_steps(place.world_size)
-    batches = source.compact() if hasattr(source, "compact") else iter(source)
-    expand = getattr(source, "expand", None)
-    saved = root / f"step-{first_step:08d}"
-    for step in range(first_step, config.max_steps):
-        micro_batches, num_tokens, work = _next_micro_batches(batches, accumulation, engine, expand)
-        global_num_tokens = _sum_over_ranks(sum(num_tokens), place)
-        learning_rate = engine.set_learning_rate(step)
-        result = engine.step(micro_batches, num_tokens, global_num_tokens)
-        metrics.add(
+    config = engine.config
+    with StopRequest() as stop, Watchdog(engine.environment, stop, root.parent, config.hang_timeout_seconds) as dog:
+        saver = CheckpointSaver(
+            root,
+            engine,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            asynchronous=config.async_save,
+            beat=dog.beat,
+        )
+        loop = _Loop(engine, source, metrics, saver, state, stop, dog)
+        try:
+            loop.run(first_step)
+        finally:
+            loop.close()
+    return saver.last or root / folder_name(first_step)
+
+
+class _Loop:
+    """The steps of one process, with what watches over them."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        source: Any,
+        metrics: Metrics,
+        saver: CheckpointSaver,
+        state: dict[str, Any],
+        stop: StopRequest,
+        watchdog: Watchdog,
+    ) -> None:
+        self.engine, self.source, self.metrics, self.saver = engine, source, metrics, saver
+        self.config, self.environment = engine.config, engine.environment
+        self.state, self.stop, self.watchdog = state, stop, watchdog
+        self.agreement = Agreement(engine.environment)
+        self.batches = source.compact() if hasattr(source, "compact") else iter(source)
+
+    def run(self, first_step: int) -> None:
+        for step in range(first_step, self.config.max_steps):
+            self.agreement.begin([self.stop.signal_number, self.saver.in_flight and not self.saver.is_written])
+            self._update(step)
+            signal_number, unwritten = self.agreement.end()
+            if self.saver.in_flight and not unwritten:
+                self._saving(self.saver.finish, is_last=False)
+            done, interval = step + 1, self.config.save_interval
+            is_last = done == self.config.max_steps or signal_number > 0
+            if is_last or (interval and done % interval == 0):
+                self._save(done, is_last)
+            if signal_number:
+                reason = self.stop.reason or "another process was asked to stop"
+                raise RunStopped(f"{reason}: stopped after step {done}, saved as {self.saver.last}", signal_number)
+
+    def close(self) -> None:
+        """Ends data-loading processes and threads."""
+        if hasattr(self.batches, "close"):
+            self.batches.close()
+        self.saver.close()
+
+    def _update(self, step: int) -> None:
+        accumulation = self.config.gradient_accumulation_steps(self.environment.world_size)
+        micro_batches, num_tokens, work = self._next_micro_batches(accumulation)
+        global_num_tokens = _sum_over_ranks(sum(num_tokens), self.environment)
+        learning_rate = self.engine.set_learning_rate(step)
+        result = self.engine.step(micro_batches, num_tokens, global_num_tokens)
+        self.watchdog.beat()
+        self.metrics.add(
             step + 1,
             result,
             learning_rate=learning_rate,
-            learning_rates=engine.learning_rates,
+            learning_rates=self.engine.learning_rates,
             work=work,
             num_tokens=global_num_tokens,
-            num_samples=config.global_batch_size,
+            num_samples=self.config.global_batch_size,
             attention_masks=[batch.get("attention_mask") for batch in micro_batches],
         )
-        done = step + 1
-        if done == config.max_steps or (config.save_interval and done % config.save_interval == 0):
-            metrics.flush()
-            now = {"data": source.state_dict(), "selection_bias": engine.balancer.state()}
-            saved = checkpoint.save(root, done, engine, {**state, **now}, config.keep_last)
-            metrics.restart_clock()
-    return saved
 
+    def _save(self, done: int, is_last: bool) -> None:
+        self.metrics.flush()
+        now = {"data": self.source.state_dict(), "selection_bias": self.engine.balancer.state()}
+        self._saving(lambda: self.saver.save(done, {**self.state, **now}), is_last)
+        if is_last:
+            self._saving(self.saver.finish, is_last)
+        self.metrics.restart_clock()
 
-def _next_micro_batches(
-    batches: Iterator[dict[str, torch.Tensor]],
-    count: int,
-    engine: Engine,
-    expand: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None,
-) -> tuple[list[dict[str, torch.Tensor]], list[int], Work]:
-    """``count`` micro-batches on the device, their label tokens and their work, counted before they leave the host."""
-    taken, num_tokens, work = [], [], Work()
-    device, shared = engine.environment.device, engine.sequence_parallel
-    model: Any = engine.model
-    for _ in range(count):
-        batch = next(batches)
-        if shared is None or shared.rank == 0:  # ranks that share rows read them whole: count them once
-            work += batch_work(batch, model.config)
-        if shared is not None:
-            batch = local_part(batch, shared, model.config)
-        num_tokens.append(count_tokens(batch))
-        moved = {
-            name: value if name in HOST_INPUTS else value.to(device, non_blocking=True) for name, value in batch.items()
-        }
-        taken.append(moved if expand is None else expand(moved))
-    return taken, num_tokens, work
+    def _saving(self, action: Callable[[], None], is_last: bool) -> None:
+        """A checkpoint that cannot be written ends a run at its end alone; before, the next one may succeed."""
+        try:
+            action()
+        except SaveError as error:
+            if is_last:
+                raise
+            if self.environment.is_main:
+                print(f"warning: {error}; the run goes on", file=sys.stderr, flush=True)
+
+    def _next_micro_batches(self, count: int) -> tuple[list[dict[str, torch.Tensor]], list[int], Work]:
+        """``count`` micro-batches on the device; their label tokens and work, counted before they leave the host."""
+        device, shared = self.environment.device, self.engine.sequence_parallel
+        expand = getattr(self.source, "expand", None)
+        model: Any = self.engine.model
+        taken, num_tokens, work = [], [], Work()
+        for _ in range(count):
+            batch = next(self.batches)
+            self.watchdog.beat()
+            if shared is None or shared.rank == 0:  # ranks that share rows read them whole: count them once
+                work += batch_work(batch, model.config)
+            if shared is not None:
+                batch = local_part(batch, shared, model.config)
+            num_tokens.append(count_tokens(batch))
+            moved = {
+                name: value if name in HOST_INPUTS else value.to(device, non_blocking=True)
+                for name, value in batch.items()
+            }
+            taken.append(moved if expand is None else expand(moved))
+        return taken, num_tokens, work
 
 
 def _sum_over_ranks(value: int, place: Environment) -> torch.Tensor | int:

@@ -48,8 +48,6 @@ class OptimizerState:
             parameter: of the engine's model; frozen ones have a value but no moments.
             kind: PARAMETER, FIRST_MOMENT or SECOND_MOMENT.
         """
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
         if not parameter.requires_grad:
             assert kind == PARAMETER, "frozen parameters have no moments"
             return self._frozen(parameter)
@@ -57,6 +55,8 @@ class OptimizerState:
             return (self.base.value(parameter) if kind == PARAMETER else self.base.state[parameter][kind]).float()
         if self.stage == 0:
             return parameter.detach() if kind == PARAMETER else self.base.state[parameter][kind]
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
         if kind == PARAMETER:
             value = safe_get_full_fp32_param(parameter)
         else:

@@ -61,9 +61,12 @@ def train(
 
     Raises:
         ValueError: for anything in the config that cannot be done, before memory is allocated where it can be seen.
+        RunStopped: if a signal or the death of the launcher ended the run; a checkpoint is saved.
+        SaveError: if the last checkpoint could not be written.
     """
     model_config = read_model_config(config)
-    place = environment.start(device)
+    timeout = {"timeout_seconds": config.hang_timeout_seconds + 60} if config.hang_timeout_seconds else {}
+    place = environment.start(device, **timeout)
     config = config.resolve(
         world_size=place.world_size,
         num_experts=model_config.num_local_experts,
@@ -92,7 +95,7 @@ def train(
     last = run_steps(engine, source, metrics, first_step, folder / "checkpoints", state)
     metrics.close()
     summary = _finish(config, processor, metrics, folder, last) if place.is_main else None
-    place.barrier()  # until rank 0 has exported
+    place.wait_for_main()
     return summary
 
 
@@ -105,7 +108,7 @@ def _open_output(folder: Path, config: TrainingConfig, place: Environment) -> No
             describe_run(folder, config, place)
         except OSError as error:
             problem = f"output_dir {config.output_dir!r} cannot be written ({error}); give another"
-    (problem,) = checkpoint.broadcast([problem], place)
+    problem = place.broadcast(problem)
     if problem is not None:
         raise ValueError(problem)
 
@@ -142,7 +145,7 @@ def _open_data(
             "sequence_length": config.sequence_length,
             "num_samples": config.max_steps * config.global_batch_size,
             "cache_folder": folder / "cache",
-            "barrier": place.barrier,
+            "barrier": place.wait_for_main,
         }
     opener = open_text if is_text else resolve(config.data_source or "vision.data:open_source")
     if "accumulation_steps" in inspect.signature(opener).parameters:
@@ -155,7 +158,7 @@ def _open_data(
         data = str(folder / "cache" / "easy-vqa-train")
         if place.is_main and not any(Path(data).glob("*.tar")):
             resolve("vision.easy_vqa_shards:prepare")(data, "train", num_pairs=1000)
-        place.barrier()
+        place.wait_for_main()
     return opener(data, **common, **config.data_options)
 
 

@@ -8,7 +8,8 @@ import torch
 from distributed import run_distributed
 
 from phi35.training import checkpoint_files
-from phi35.training.checkpoint_files import CheckpointReader, TensorWriter
+from phi35.training.checkpoint_files import CheckpointReader
+from phi35.training.tensor_writer import TensorWriter
 
 NOISY = {"resid_pdrop": 0.1, "embd_pdrop": 0.1}
 STILL_MOE = {"router_type": "topk", "router_jitter_noise": 0.0, "input_jitter_noise": 0.0}
@@ -132,14 +133,13 @@ def small_checkpoint(tmp_path):
     writer.add("parameter", "a.weight", torch.arange(12.0).view(4, 3))
     writer.add("parameter", "experts", torch.ones(2, 3), offset=2, rows=4)
     writer.add("parameter", "experts_other", torch.zeros(1))
-    writer.flush()
+    writer.finish_copies()
     other = TensorWriter(folder, "00001")
     other.add("parameter", "experts", torch.zeros(2, 3), offset=0, rows=4)
-    other.flush()
-    names = (*writer.files, *other.files)
-    described = {name: checkpoint_files.describe_file(folder / name) for name in names}
+    other.finish_copies()
+    described = {**writer.files, **other.files}
     pieces = writer.pieces + other.pieces
-    return checkpoint_files.commit(folder, 7, trainer={"step": 7}, pieces=pieces, files=described)
+    return checkpoint_files.commit(folder, 7, trainer='{"step": 7}', pieces=pieces, files=described)
 
 
 def test_pieces_are_put_together_and_cut_anew(small_checkpoint):
@@ -182,9 +182,9 @@ def test_only_complete_checkpoints_count_and_old_ones_go(small_checkpoint):
     (root / ".writing-step-00000200").mkdir()
     names = [path.name for path in checkpoint_files.complete_checkpoints(root)]
     assert names == ["step-00000007", "step-00000008", "step-00000012"]
-    checkpoint_files.prune(root, keep_last=2)
-    assert [path.name for path in checkpoint_files.complete_checkpoints(root)] == names[1:]
-    assert not small_checkpoint.exists()
+    assert [path.name for path in checkpoint_files.outdated(root, keep_last=1)] == names[:2]
+    assert [path.name for path in checkpoint_files.outdated(root, keep_last=1, keep_every=4)] == names[:1]
+    assert checkpoint_files.outdated(root, keep_last=0, keep_every=4) == []
     checkpoint_files.begin(root, 201)
     assert not (root / ".writing-step-00000200").exists()
 
