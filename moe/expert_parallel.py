@@ -216,7 +216,15 @@ def _shard_layer(layer: SparseMoE, group_name: str, num_chunks: int | None) -> N
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.group_name = group_name  # type: ignore[attr-defined]
         setattr(layer.experts, name, parameter)
+    # Codes and scales of a quantized container.
+    for name, whole in list(layer.experts.named_buffers(recurse=False)):
+        assert whole.shape[0] == layer.num_experts, f"{name} is not one of a value per expert"
+        part = whole[first : first + num_local_experts].clone()
+        part.expert_shard = (first, layer.num_experts)  # type: ignore[attr-defined]
+        setattr(layer.experts, name, part)
     sharded: Any = layer
+    if "num_experts" in vars(layer.experts):
+        sharded.experts.num_experts = num_local_experts
     sharded.__class__ = deepspeed_adapter.recognised_class(_ExpertExchange, sharded.__class__)
     sharded.ep_size = ep_size
     sharded.num_local_experts = num_local_experts

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def load(
     stored = read_headers(folder)
     match = match_headers(CheckpointPlan(config, state_shapes(config, model.state_dict())), stored, folder)
     check_dtypes(match, stored, model.state_dict())
-    model = _allocate(
+    model = allocate(
         model, picked_device, stored_dtype(stored) if dtype == "auto" else pick_dtype(dtype, picked_device)
     )
     if picked_device.type != "meta":
@@ -214,14 +215,31 @@ def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
 
     Built on the meta device first, so that no weight is drawn or cast on the way.
     """
-    return _allocate(meta_model(config), device, dtype)
+    return allocate(meta_model(config), device, dtype)
 
 
-def _allocate(model: CausalLM, device: torch.device, dtype: torch.dtype) -> CausalLM:
-    """Give a model on the meta device memory, unset, and evaluation mode."""
-    model.to(dtype)
+def allocate(
+    model: CausalLM, device: torch.device, dtype: torch.dtype | Callable[[torch.nn.Parameter], torch.dtype]
+) -> CausalLM:
+    """Give a model on the meta device memory, unset, and evaluation mode.
+
+    Args:
+        model: as built, or with some parameters frozen or cut to this process's part; what its tensors were marked
+            with stays with them.
+        device: where the memory is.
+        dtype: of all weights, or of each parameter.
+    """
+    if isinstance(dtype, torch.dtype):
+        model.to(dtype)
+    else:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype(parameter))
     if device.type != "meta":
+        marks = [dict(vars(tensor)) for tensor in (*model.parameters(), *model.buffers())]
         model.to_empty(device=device)
+        model.tie_weights()
+        for tensor, mark in zip((*model.parameters(), *model.buffers()), marks, strict=True):
+            vars(tensor).update(mark)
     model.tie_weights()
     return model.eval()
 

@@ -195,10 +195,15 @@ class CausalLM(nn.Module):
         return resolve("phi35.generation.decoding:generate")(self, input_ids, **options)
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
+    def init_weights(self, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> None:
         """Draw all parameters anew: norms 1, biases 0, all else normal with ``initializer_range``.
 
         Quantized weights get random codes of that deviation.
+        A process's part of the experts receives what it would hold of the whole experts' numbers.
+
+        Args:
+            generator: draws on its own device, one parameter at a time; None takes torch's global one.
+            dtype: in which numbers are drawn before they are rounded to a parameter's own; None draws in that.
         """
         done: set[int] = set()
         for module in self.modules():
@@ -213,7 +218,7 @@ class CausalLM(nn.Module):
                 done.add(id(bias))
         for parameter in self.parameters():
             if id(parameter) not in done:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+                _draw_normal(parameter, self.config.initializer_range, generator, dtype)
 
     def _aligned(
         self, labels: torch.Tensor, targets: torch.Tensor | None, sequence_lengths: torch.Tensor | None
@@ -256,6 +261,20 @@ class CausalLM(nn.Module):
 
 def _shown(value: Any) -> str:
     return f"one of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _draw_normal(
+    parameter: torch.Tensor, deviation: float, generator: torch.Generator | None, dtype: torch.dtype | None
+) -> None:
+    first, whole = getattr(parameter, "expert_shard", (0, None))
+    device = parameter.device if generator is None else generator.device
+    if whole is None and device == parameter.device and dtype in (None, parameter.dtype):
+        parameter.normal_(0.0, deviation, generator=generator)
+        return
+    shape = (parameter.shape[0] if whole is None else whole, *parameter.shape[1:])
+    numbers = torch.empty(shape, dtype=dtype or parameter.dtype, device=device)
+    numbers.normal_(0.0, deviation, generator=generator)
+    parameter.copy_(numbers[first : first + parameter.shape[0]])
 
 
 class Decoder(nn.Module):

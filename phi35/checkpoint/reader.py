@@ -6,6 +6,7 @@ each shard is closed before the next is opened: host memory never holds more tha
 Pickled weights (``.bin``, ``.pt``, ``.pth``) are never opened, since unpickling runs code from the file.
 """
 
+import dataclasses
 import json
 import re
 import warnings
@@ -99,7 +100,8 @@ def fill(model: torch.nn.Module, match: Match, stored: Mapping[str, StoredTensor
     """Copy stored tensors into the parameters of an allocated model, on their device and in their dtype.
 
     Args:
-        model: the model whose parameters are overwritten.
+        model: the model whose parameters are overwritten; of a parameter with ``expert_shard`` = (first expert, number
+            of all experts), which holds some of them alone, only those are read.
         match: from ``match_headers``.
         stored: from ``read_headers``.
 
@@ -107,6 +109,8 @@ def fill(model: torch.nn.Module, match: Match, stored: Mapping[str, StoredTensor
         ValueError: if a shard cannot be read, or a tensor that stands twice has two values.
     """
     targets = dict(model.state_dict())
+    named = (*model.named_parameters(), *model.named_buffers())
+    parts = {name: tensor.expert_shard[0] for name, tensor in named if hasattr(tensor, "expert_shard")}
     by_file: dict[Path, list[Any]] = {}
     for placement in match.load:
         by_file.setdefault(stored[placement.disk_name].file, []).append(placement)
@@ -114,8 +118,16 @@ def fill(model: torch.nn.Module, match: Match, stored: Mapping[str, StoredTensor
         for file, placements in by_file.items():
             with _opened(file) as shard:
                 for placement in placements:
-                    target = placement.view(targets[placement.memory_name])
-                    target.copy_(_tensor(shard, placement.disk_name, file))
+                    memory = targets[placement.memory_name]
+                    first = parts.get(placement.memory_name)
+                    if first is None:
+                        placement.view(memory).copy_(_tensor(shard, placement.disk_name, file))
+                    elif placement.index is None:  # all experts as one tensor on disk too
+                        rows = slice(first, first + memory.shape[0])
+                        placement.view(memory).copy_(_tensor(shard, placement.disk_name, file, rows))
+                    elif first <= placement.index < first + memory.shape[0]:
+                        here = dataclasses.replace(placement, index=placement.index - first)
+                        here.view(memory).copy_(_tensor(shard, placement.disk_name, file))
         different = []
         for placement in match.verify:
             target = placement.view(targets[placement.memory_name])
@@ -215,9 +227,9 @@ def _opened(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read as safetensors ({error}): it is damaged or cut off") from error
 
 
-def _tensor(shard: Any, name: str, file: Path) -> torch.Tensor:
+def _tensor(shard: Any, name: str, file: Path, rows: slice | None = None) -> torch.Tensor:
     try:
-        return shard.get_tensor(name)
+        return shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"tensor {name!r} of {file} cannot be read ({error}): the file changed or is damaged"

@@ -3,9 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from phi35 import presets
+from phi35.checkpoint.reader import fill, match_headers, read_headers
+from phi35.checkpoint.rules import CheckpointPlan, state_shapes
 from phi35.config import ModelConfig
-from phi35.loading import create, load, load_config
+from phi35.loading import allocate, load_config
+from phi35.meta_model import meta_model
 from phi35.processor import Processor
 from phi35.registry import resolve
 from phi35.training import checkpoint
@@ -49,16 +54,52 @@ def build_processor(config: TrainingConfig, model_config: ModelConfig) -> Any:
     return Processor.from_folder(folder, model_config)
 
 
-def build_model(config: TrainingConfig, model_config: ModelConfig, reader: CheckpointReader | None) -> Any:
-    """The model on the CPU in float32: weights of the checkpoint, of the model folder, or random; experts sharded."""
-    if reader is None and (Path(config.model) / "config.json").is_file() and not config.model_overrides:
-        model, _ = load(config.model, device="cpu", dtype="float32")
-    else:
-        model = create(model_config, device="cpu", dtype="float32", seed=config.seed)
-    if config.tower is not None and reader is None:
-        resolve("vision.pretraining:load_tower")(model, config.tower)
+def build_model(
+    config: TrainingConfig,
+    model_config: ModelConfig,
+    reader: CheckpointReader | None,
+    device: torch.device | None = None,
+) -> Any:
+    """The model with the weights of the checkpoint, of the model folder, or random ones, parts of it frozen.
+
+    Memory is allocated once, on the device and in the dtype in which the run wants each parameter, for this rank's
+    experts alone. The weights are those of a whole float32 model: random ones are drawn in float32, one whole parameter
+    at a time.
+
+    Args:
+        config: resolved.
+        model_config: the model's.
+        reader: checkpoint of a run to continue; None where there is none.
+        device: where the model trains; None is the CPU.
+
+    Raises:
+        ValueError: for weights that do not fit, or ``init_device`` "cuda" in a run on a CPU.
+    """
+    device = device or torch.device("cpu")
+    if config.init_device == "cuda" and device.type != "cuda":
+        raise ValueError(f"init_device='cuda' draws weights on a run's GPU, and this run is on {device.type}")
+    model = meta_model(model_config)
+    folder, stored, match = Path(config.model), None, None
+    if reader is None and (folder / "config.json").is_file() and not config.model_overrides:
+        stored = read_headers(folder)
+        plan = CheckpointPlan(model_config, state_shapes(model_config, model.state_dict()))
+        match = match_headers(plan, stored, folder)
     freeze_parameters(model, config)
     shard_experts(model, config)
+    allocate(model, device, lambda parameter: _weights_dtype(parameter, config))
     if reader is not None:
         checkpoint.load_parameters(model, reader)
+    elif stored is not None and match is not None:
+        fill(model, match, stored)
+    else:
+        drawn_on = device if config.init_device == "cuda" else torch.device("cpu")
+        model.init_weights(torch.Generator(drawn_on).manual_seed(config.seed), torch.float32)
+    if config.tower is not None and reader is None:
+        resolve("vision.pretraining:load_tower")(model, config.tower)
     return model
+
+
+def _weights_dtype(parameter: torch.nn.Parameter, config: TrainingConfig) -> torch.dtype:
+    """What the engine makes of a parameter: bfloat16, save where it takes its master from the float32 values."""
+    keeps_float32 = config.zero_stage == 0 and config.optimizer_dtype == "float32" and parameter.requires_grad
+    return torch.float32 if config.dtype == "float32" or keeps_float32 else torch.bfloat16

@@ -52,6 +52,8 @@ class TrainingConfig:
         offload: "none", or "optimizer": master weights and moments in host memory.
         ep_size: ranks that share one set of experts; None: the greatest common divisor of ranks and experts
             (1 for dense models and ZeRO-3).
+        ep_chunks: pieces in which tokens travel to experts, under each other's products; None: 1 on a CPU, else what
+            was measured (docs/moe.md).
         sequence_parallel_size: neighbouring ranks that share each row, a stretch of its tokens and a part of the
             attention heads each (Ulysses), for samples too long for one GPU.
         gradient_checkpointing: what the backward pass computes again: True for each whole layer, "selective" for what
@@ -64,6 +66,8 @@ class TrainingConfig:
         router_bias_update_rate: step of the selection bias that balances experts without a loss (arXiv 2408.15664,
             which uses 0.001); 0 for no bias.
         seed: of weights, data order, dropout and routing noise.
+        init_device: where random weights are drawn: "cpu" gives the same on every machine, "cuda" is many times faster
+            and gives others.
         output_dir: folder of everything the run writes.
         save_interval: steps between checkpoints; 0: only at the end.
         keep_last: checkpoints kept; 0 keeps all.
@@ -108,6 +112,7 @@ class TrainingConfig:
     zero_stage: int | None = None
     offload: str = "none"
     ep_size: int | None = None
+    ep_chunks: int | None = None
     sequence_parallel_size: int = 1
     gradient_checkpointing: bool | str = False
     kernels: str = "auto"
@@ -116,6 +121,7 @@ class TrainingConfig:
     router_z_loss_coef: float = 0.0
     router_bias_update_rate: float = 0.0
     seed: int = 0
+    init_device: str = "cpu"
     output_dir: str = "runs/default"
     save_interval: int = 0
     keep_last: int = 2
@@ -200,6 +206,10 @@ class TrainingConfig:
         elif ep_size > 1 and (world_size % ep_size or num_experts % ep_size):
             problems.append(
                 f"ep_size ({ep_size}) must divide both processes ({world_size}) and experts ({num_experts})"
+            )
+        if ep_size > 1 and self.compile:
+            problems.append(
+                "compile=true takes whole layers, and experts spread over processes read counts on the host"
             )
         if ep_size > 1 and zero_stage == 3:
             problems.append("expert parallelism runs with zero_stage 0 to 2; set zero_stage=2 or ep_size=1")

@@ -49,6 +49,7 @@ def _choice_problems(config: "TrainingConfig") -> Iterator[str]:
         "zero_stage": (None, 0, 1, 2, 3),
         "gradient_checkpointing": (False, True, "selective"),
         "kernels": KERNELS,
+        "init_device": ("cpu", "cuda"),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
@@ -68,6 +69,7 @@ def _number_problems(config: "TrainingConfig") -> Iterator[str]:
         "max_steps",
         "sequence_length",
         "ep_size",
+        "ep_chunks",
         "log_interval",
         "sequence_parallel_size",
     ):

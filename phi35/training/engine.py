@@ -182,7 +182,7 @@ def _gather_whole_sparse_layers(model: Any) -> None:
 def shard_experts(model: nn.Module, config: TrainingConfig) -> None:
     """Leaves this rank its part of the experts (``ep_size`` > 1), in place."""
     if config.ep_size is not None and config.ep_size > 1:
-        resolve("moe.expert_parallel:shard")(model, config.ep_size)
+        resolve("moe.expert_parallel:shard")(model, config.ep_size, config.ep_chunks)
 
 
 def global_gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:

@@ -81,7 +81,7 @@ def train(
     _open_output(folder, config, place)
     processor = build_processor(config, model_config)
     source = _open_data(config, model_config, processor, place, folder)
-    model = build_model(config, model_config, reader)
+    model = build_model(config, model_config, reader, place.device)
     engine = Engine(model, config, place, deepspeed_file)
     first_step = _restore(engine, source, reader)
     if place.is_main and not config.resume:

@@ -11,6 +11,7 @@ from moe.experts import Experts, loop
 from moe.layer import SparseMoE
 from phi35 import presets
 from phi35.outputs import RouterOutput
+from phi35.quantization.config import WeightFormat
 
 CONFIG = presets.get("tiny-phi-3.5-moe").replace(initializer_range=0.1, router_jitter_noise=0.2)
 WIDE = {"num_local_experts": 8}
@@ -62,6 +63,10 @@ def compare_with_whole_layer(rank, world_size, cases):
         whole = SparseMoE(config).train()
         if case.get("own_forward"):
             whole.experts.__class__ = OwnForward
+        if case.get("quantized"):
+            twin = whole.experts.quantized_twin(WeightFormat(bits=4, group_size=None), torch.float32)
+            twin.draw_codes(0.1, torch.Generator().manual_seed(1))
+            whole.experts = twin
         if case.get("frozen"):
             whole.experts.requires_grad_(False)
         layer = expert_parallel.shard(copy.deepcopy(whole), case["ep"], case.get("chunks"))
@@ -74,7 +79,7 @@ def compare_with_whole_layer(rank, world_size, cases):
         }
         torch.distributed.all_reduce(layer.router.weight.grad)
         errors["router"] = relative_error(layer.router.weight.grad, whole.router.weight.grad)
-        for weight in () if case.get("frozen") else ("gate_up_proj", "down_proj"):
+        for weight in () if {"frozen", "quantized"} & set(case) else ("gate_up_proj", "down_proj"):
             errors[weight] = relative_error(*summed_and_expected(layer, whole, weight))
         results[name] = (errors, used)
     return results
@@ -123,6 +128,7 @@ CASES = {
         },
         "no tokens at all": {"ep": 2, "tokens": (0, 0), "chunks": 2, "forced": [[], []]},
         "frozen experts": {"ep": 2, "tokens": (12, 7), "chunks": 2, "frozen": True},
+        "quantized experts": {"ep": 2, "tokens": (12, 7), "quantized": True},
         "another container": {"ep": 2, "tokens": (12, 7), "own_forward": True},
         "another container, idle rank": {
             "ep": 2,
