@@ -157,7 +157,7 @@ class _Loop:
             }
             moved = moved if expand is None else expand(moved)
             if padded_on_right(batch.get("attention_mask")):
-                moved = {**moved, "padding_side": "right"}  # type: ignore[dict-item]  # seen here, not on the device
+                moved = {**moved, "padding_side": "right"}  # seen here, not on the device
             taken.append(moved)
         return taken, num_tokens, work
 
