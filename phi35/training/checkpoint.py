@@ -17,7 +17,7 @@ from phi35.training import checkpoint_files as files
 from phi35.training.checkpoint_files import CheckpointReader
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
-from phi35.training.optimizer_state import MOMENTS, PARAMETER, OptimizerState
+from phi35.training.optimizer_state import PARAMETER, OptimizerState
 from phi35.training.random_state import restore_random_state, seed_everything
 
 
@@ -101,15 +101,16 @@ def load_optimizer(engine: Engine, reader: CheckpointReader) -> None:
     num_steps = int(reader.trainer["optimizer_steps"])
     if num_steps:
         optimizer.allocate_moments(num_steps)
-    stored = {kind: reader.names(kind) for kind in MOMENTS}
+    exact = optimizer.read_own_tensors(reader)
     for name, parameter in engine.model.named_parameters():
         if not parameter.requires_grad:
             continue
         if optimizer.has_masters:
             optimizer.write(parameter, PARAMETER, _read(reader, PARAMETER, name, parameter))
-        for kind in MOMENTS:
-            if num_steps and name in stored[kind]:
+        for kind in () if exact or not num_steps else optimizer.moments_of(parameter):
+            if reader.has(kind, name):
                 optimizer.write(parameter, kind, _read(reader, kind, name, parameter))
+    optimizer.finish()
 
 
 def load_random_state(reader: CheckpointReader, environment: Environment, seed: int) -> None:

@@ -106,6 +106,10 @@ class CheckpointReader:
         """Parameters that have a tensor of this kind."""
         return {name for found, name in self._pieces if found == kind}
 
+    def has(self, kind: str, name: str) -> bool:
+        """Whether a parameter has a tensor of this kind."""
+        return (kind, name) in self._pieces
+
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         return tuple(self._pieces[kind, name][0]["shape"])

@@ -42,6 +42,8 @@ class TrainingConfig:
         min_lr_ratio: floor of the schedule as a part of the peak.
         weight_decay: of matrices; norms, biases and other vectors are never decayed.
         decay_embeddings: whether token embeddings and the output head are decayed too.
+        optimizer: "adamw"; "adamw8bit" with 8-bit moments (bitsandbytes); "muon" for the inner matrices, with AdamW
+            for everything else.
         adam_betas: AdamW's betas.
         adam_epsilon: AdamW's epsilon.
         gradient_clipping: largest global gradient norm; 0 for no clipping.
@@ -104,6 +106,7 @@ class TrainingConfig:
     min_lr_ratio: float = 0.1
     weight_decay: float = 0.1
     decay_embeddings: bool = False
+    optimizer: str = "adamw"
     adam_betas: tuple[float, float] = (0.9, 0.95)
     adam_epsilon: float = 1e-8
     gradient_clipping: float = 1.0

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 OFFLOADS = ("none", "optimizer")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 KERNELS = ("auto", "torch", "fused")
 PARTS = ("embeddings", "decoder", "router", "experts", "tower", "projector")
 """Groups of parameters that can have a learning rate of their own, or be frozen."""
@@ -44,6 +45,7 @@ def _choice_problems(config: "TrainingConfig") -> Iterator[str]:
     choices: dict[str, tuple[object, ...]] = {
         "schedule": SCHEDULES,
         "dtype": DTYPES,
+        "optimizer": OPTIMIZERS,
         "optimizer_dtype": DTYPES,
         "offload": OFFLOADS,
         "zero_stage": (None, 0, 1, 2, 3),
@@ -58,6 +60,8 @@ def _choice_problems(config: "TrainingConfig") -> Iterator[str]:
         yield "offload='optimizer' needs zero_stage 1 to 3"
     if config.optimizer_dtype == "bfloat16" and config.dtype != "bfloat16":
         yield f"optimizer_dtype='bfloat16' needs dtype='bfloat16', got {config.dtype!r}"
+    if config.optimizer_dtype == "bfloat16" and config.optimizer != "adamw":
+        yield f"optimizer_dtype='bfloat16' is for optimizer 'adamw'; {config.optimizer!r} works on float32 masters"
     if config.compile and config.kernels == "fused":
         yield "compile=true makes kernels of its own: leave kernels 'auto' or 'torch'"
 

@@ -14,8 +14,10 @@ from phi35.training.acceleration import accelerate, fast_attention
 from phi35.training.config import TrainingConfig
 from phi35.training.deepspeed_config import handed_over, merge, to_deepspeed
 from phi35.training.environment import Environment
+from phi35.training.flat_layout import pieces_of
 from phi35.training.loss import auxiliary_losses
 from phi35.training.mixed_precision import MixedPrecisionAdamW, build_optimizer
+from phi35.training.optimizers import MuonWithAdamW, OverMasters
 from phi35.training.parameter_groups import part_rates
 from phi35.training.routing import BiasBalancer
 from phi35.training.schedule import learning_rate_factor
@@ -84,6 +86,8 @@ class Engine:
                 dist_init_required=False,
             )
         self.base_optimizer = optimizer
+        if isinstance(optimizer, MuonWithAdamW) and config.zero_stage:
+            optimizer.attach(pieces_of(self.optimizer, config.zero_stage, optimizer), environment.device)
         if config.zero_stage == 0:
             self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self.deepspeed.clip_fp32_gradients = self._clip
@@ -164,7 +168,7 @@ class Engine:
         norm = global_gradient_norm(parameters)
         self.deepspeed._global_grad_norm = norm
         factor = (self.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
-        if isinstance(self.base_optimizer, MixedPrecisionAdamW):
+        if isinstance(self.base_optimizer, MixedPrecisionAdamW | OverMasters):
             self.base_optimizer.gradient_factor = factor  # multiplied where the update reads them anyway
         else:
             torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)

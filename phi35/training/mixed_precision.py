@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from phi35.registry import resolve
+from phi35.training import optimizers
 from phi35.training.config import TrainingConfig
 from phi35.training.parameter_groups import parameter_groups
 
@@ -23,7 +24,7 @@ MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig, world_size: int) -> torch.optim.Optimizer:
-    """AdamW over the model's trained parameters, which it makes bfloat16 where it keeps their masters itself.
+    """The optimizer of the model's trained parameters, which it makes bfloat16 where it keeps their masters itself.
 
     Args:
         model: on its device.
@@ -32,11 +33,16 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, world_size: int) -
     """
     groups = parameter_groups(model, config)
     options: dict[str, Any] = {"betas": config.adam_betas, "eps": config.adam_epsilon}
-    if config.dtype != "bfloat16" or config.zero_stage != 0:
-        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True, **options)
-    state_dtype = getattr(torch, config.optimizer_dtype)
-    optimizer = MixedPrecisionAdamW(groups, state_dtype=state_dtype, seed=config.seed, **options)
-    for parameter in model.parameters():
+    own_masters = config.dtype == "bfloat16" and config.zero_stage == 0
+    optimizer: torch.optim.Optimizer
+    if config.optimizer != "adamw":
+        optimizer = optimizers.build(model, groups, config)
+    elif own_masters:
+        state_dtype = getattr(torch, config.optimizer_dtype)
+        optimizer = MixedPrecisionAdamW(groups, state_dtype=state_dtype, seed=config.seed, **options)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True, **options)
+    for parameter in model.parameters() if own_masters else ():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
         elif config.gradient_accumulation_steps(world_size) > 1:

@@ -1,17 +1,23 @@
-"""Float32 masters and Adam moments as whole tensors, one per parameter name, under every ZeRO stage.
+"""Float32 masters and moments as whole tensors, one per parameter name, under every ZeRO stage and optimizer.
 
-DeepSpeed keeps them flat and cut in pieces. Reading gives a tensor of the parameter's own shape (for an
-expert-parallel parameter: of this rank's experts); writing spreads it again. Reading and writing are collective:
-all ranks call them for the same parameters in the same order.
+DeepSpeed keeps them flat and cut in pieces (``phi35.training.flat_layout``). Reading gives a tensor of the
+parameter's own shape (for an expert-parallel parameter: of this rank's experts); writing spreads it again. Reading
+and writing are collective: all ranks call them for the same parameters in the same order.
 """
 
+import hashlib
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from phi35.training.engine import Engine
+from phi35.training.flat_layout import Piece, pieces_of
 from phi35.training.mixed_precision import MixedPrecisionAdamW
+from phi35.training.optimizers import MOMENTUM, MuonWithAdamW, OverMasters
+from phi35.training.quantized_moments import QuantizedMoments
 
 PARAMETER, FIRST_MOMENT, SECOND_MOMENT = "parameter", "exp_avg", "exp_avg_sq"
 MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
@@ -22,23 +28,44 @@ class OptimizerState:
 
     Args:
         engine: whose optimizer holds them.
+
+    Attributes:
+        quantized: the 8-bit moments, where the optimizer has them.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.zero, self.base = engine.optimizer, engine.base_optimizer
+        assert engine.config.zero_stage is not None
         self.stage = engine.config.zero_stage
         self.has_masters = engine.config.dtype == "bfloat16"
-        if self.num_steps:
-            self._link()
+        self.pieces = pieces_of(self.zero, self.stage, self.base)
+        self.driven: Any = self.base.inner if isinstance(self.base, OverMasters) else self.base
+        self.quantized: QuantizedMoments | None = None
+        if engine.config.optimizer == "adamw8bit":
+            self.quantized = QuantizedMoments(self.driven, [piece.flat for piece in self.pieces.values()])
 
     @property
     def num_steps(self) -> int:
-        """Updates that Adam has made, by which it corrects its moments' bias."""
-        for state in self.base.state.values():
+        """Updates that the optimizer has made, by which Adam corrects its moments' bias."""
+        for state in self.driven.state.values():
             if "step" in state:
                 return int(state["step"])
         return 0
+
+    def moments_of(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """Kinds of the moments that the optimizer keeps of a trained parameter."""
+        if isinstance(self.driven, MuonWithAdamW):
+            key = self.base.masters[parameter] if isinstance(self.base, OverMasters) else parameter
+            if key in self.driven.rows:
+                return (MOMENTUM,)
+        return MOMENTS
+
+    def kinds_of(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """Everything that a checkpoint holds of a parameter."""
+        if not parameter.requires_grad or not self.num_steps:
+            return (PARAMETER,)
+        return (PARAMETER, *self.moments_of(parameter))
 
     @torch.no_grad()
     def read(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
@@ -46,35 +73,37 @@ class OptimizerState:
 
         Args:
             parameter: of the engine's model; frozen ones have a value but no moments.
-            kind: PARAMETER, FIRST_MOMENT or SECOND_MOMENT.
+            kind: PARAMETER, or one of ``moments_of``.
         """
         if not parameter.requires_grad:
             assert kind == PARAMETER, "frozen parameters have no moments"
             return self._frozen(parameter)
-        if isinstance(self.base, MixedPrecisionAdamW):
-            return (self.base.value(parameter) if kind == PARAMETER else self.base.state[parameter][kind]).float()
-        if self.stage == 0:
-            return parameter.detach() if kind == PARAMETER else self.base.state[parameter][kind]
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
+        piece = self.pieces[parameter]
         if kind == PARAMETER:
-            value = safe_get_full_fp32_param(parameter)
+            part = piece.slice(piece.flat.detach())
+        elif self.quantized is not None:
+            part = self.quantized.read(piece, kind)
         else:
-            value = safe_get_full_optimizer_state(parameter, kind)
-        assert value is not None, "DeepSpeed knows no master of a trained parameter"
-        return value.view(_whole_shape(parameter))
+            part = piece.slice(self._state(parameter, piece)[kind])
+        return piece.gather(part.float(), self.engine.environment.device)
 
     def allocate_moments(self, num_steps: int) -> None:
-        """Gives Adam zero moments and a step count, as if it had made ``num_steps`` updates."""
-        for flat in self._flat_parameters():
+        """Gives the optimizer zero moments and a step count, as if it had made ``num_steps`` updates."""
+        if self.quantized is not None:
+            self.quantized.allocate(num_steps)
+            return
+        for parameter, piece in self.pieces.items():
             if isinstance(self.base, MixedPrecisionAdamW):
-                self.base.allocate_moments(flat, num_steps)
+                self.base.allocate_moments(parameter, num_steps)
                 continue
-            self.base.state[flat] = {
-                "step": torch.tensor(float(num_steps), dtype=torch.float32, device=flat.device),
-                **{kind: torch.zeros_like(flat, memory_format=torch.preserve_format) for kind in MOMENTS},
+            flat = piece.flat
+            self.driven.state[flat] = {
+                "step": torch.tensor(float(num_steps), dtype=torch.float32, device=self._step_device(parameter, flat)),
+                **{
+                    kind: torch.zeros_like(flat, memory_format=torch.preserve_format)
+                    for kind in self.moments_of(parameter)
+                },
             }
-        self._link()
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
@@ -82,42 +111,59 @@ class OptimizerState:
 
         Args:
             parameter: of the engine's model.
-            kind: PARAMETER, FIRST_MOMENT or SECOND_MOMENT (after ``allocate_moments``).
+            kind: PARAMETER, or one of ``moments_of`` (after ``allocate_moments``).
             value: float32, of the parameter's whole shape on this rank.
         """
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        if kind == PARAMETER and isinstance(self.base, MixedPrecisionAdamW):
-            self.base.set_value(parameter, value)
-        elif self.stage == 0:
-            (parameter if kind == PARAMETER else self.base.state[parameter][kind]).copy_(value)
-        elif self.stage == 3:
-            self._write_partition(parameter, kind, value)
-        elif kind == PARAMETER:
-            safe_set_full_fp32_param(parameter, value)
+        piece = self.pieces[parameter]
+        part = piece.part_of(value)
+        if kind == PARAMETER:
+            piece.slice(piece.flat.detach()).copy_(part)
+            if self.stage == 0 and piece.flat is not parameter:
+                parameter.copy_(value)
+        elif self.quantized is not None:
+            self.quantized.write(piece, kind, part)
         else:
-            safe_set_full_optimizer_state(parameter, value, kind)
+            piece.slice(self._state(parameter, piece)[kind]).copy_(part)
 
-    def _link(self) -> None:
-        """Ties each parameter to its moments; DeepSpeed does it once, after the first group's first update."""
-        if self.stage in (1, 2):
-            self.zero._hp_optimizer_states_linked = False
-            self.zero._lazy_init_hp_params_optimizer_state()
+    def finish(self) -> None:
+        """After the last ``write``: makes 8-bit moments of what was written."""
+        if self.quantized is not None:
+            self.quantized.finish()
 
-    def _write_partition(self, parameter: Any, kind: str, value: torch.Tensor) -> None:
-        """DeepSpeed's own setter of whole tensors fails where the ranks do not divide the elements."""
-        size = parameter.ds_tensor.ds_numel
-        start = size * self.zero._get_param_partition_rank(parameter)
-        mine = torch.zeros(size, dtype=torch.float32)
-        stop = min(start + size, value.numel())
-        if start < stop:
-            mine[: stop - start] = value.flatten()[start:stop]
-        self.zero.set_local_hp_param(mine, parameter, None if kind == PARAMETER else kind)
+    def own_tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(kind, name, tensor) of what this rank keeps besides, so that the same layout goes on to the bit."""
+        if self.quantized is not None and self.num_steps:
+            for name, value in self.quantized.exact().items():
+                yield self._own_kind(), name, value
 
-    def _flat_parameters(self) -> list[torch.Tensor]:
-        if self.stage == 3:
-            return list(self.zero.fp32_partitioned_groups_flat)
-        return [parameter for group in self.base.param_groups for parameter in group["params"]]
+    def read_own_tensors(self, reader: Any) -> bool:
+        """Takes back ``own_tensors``; False where the checkpoint has none of this rank in this layout."""
+        names = reader.names(self._own_kind()) if self.quantized is not None and self.num_steps else ()
+        if not names:
+            return False
+        assert self.quantized is not None
+        self.quantized.load_exact({name: reader.read(self._own_kind(), name) for name in names})
+        return True
+
+    def _own_kind(self) -> str:
+        """Names rank and layout: in another one, codes would stand beside other scales."""
+        flats = {id(piece.flat): None for piece in self.pieces.values()}
+        order = {flat: index for index, flat in enumerate(flats)}
+        layout = [
+            (order[id(one.flat)], one.flat.numel(), one.offset, one.start, one.count) for one in self.pieces.values()
+        ]
+        place = self.engine.environment
+        digest = hashlib.sha256(json.dumps([place.world_size, layout]).encode()).hexdigest()[:16]
+        return f"rank-{place.rank:05d}-{digest}"
+
+    def _state(self, parameter: nn.Parameter, piece: Piece) -> dict[str, Any]:
+        if isinstance(self.base, MixedPrecisionAdamW):
+            return self.base.state[parameter]
+        return self.driven.state[piece.flat]
+
+    def _step_device(self, parameter: nn.Parameter, flat: torch.Tensor) -> torch.device:
+        """torch's fused AdamW counts on the tensor's device, Muon on the host."""
+        return torch.device("cpu") if self.moments_of(parameter) == (MOMENTUM,) else flat.device
 
     def _frozen(self, parameter: Any) -> torch.Tensor:
         if not hasattr(parameter, "ds_id"):
@@ -126,7 +172,3 @@ class OptimizerState:
 
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().float().clone()
-
-
-def _whole_shape(parameter: Any) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)

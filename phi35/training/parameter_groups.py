@@ -43,6 +43,14 @@ def is_decayed(name: str, parameter: nn.Parameter, config: TrainingConfig) -> bo
     return len(shape) >= 2
 
 
+def uses_muon(name: str, parameter: nn.Parameter, config: TrainingConfig) -> bool:
+    """Whether Muon updates a parameter, where the config asks for it: the inner matrices, experts included."""
+    if config.optimizer != "muon" or part_of(name) not in ("decoder", "experts", "tower", "projector"):
+        return False
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return is_decayed(name, parameter, config) and len(shape) == (3 if part_of(name) == "experts" else 2)
+
+
 def freeze_parameters(model: nn.Module, config: TrainingConfig) -> list[str]:
     """Freezes the parts named in ``config.freeze``; what the model froze itself stays frozen.
 
@@ -82,7 +90,8 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
         part, decayed = part_of(name), is_decayed(name, parameter, config)
         peak = config.learning_rates.get(part, config.learning_rate)
         expert_group = None if getattr(parameter, "allreduce", True) else getattr(parameter, "group_name")  # noqa: B009
-        key = (expert_group, peak, decayed)
+        muon = uses_muon(name, parameter, config)
+        key = (expert_group, peak, decayed, muon)
         if key not in groups:
             label = expert_group or f"{'decayed' if decayed else 'plain'}-{peak:g}"
             groups[key] = {
@@ -91,6 +100,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
                 "lr": peak,
                 "peak_lr": peak,
                 "weight_decay": config.weight_decay if decayed else 0.0,
+                "muon": muon,
             }
             if expert_group is not None:
                 groups[key]["moe"] = True

@@ -19,6 +19,7 @@ from phi35.training.environment import Environment
 from phi35.training.export import export
 from phi35.training.loop import run_steps
 from phi35.training.metrics import Metrics
+from phi35.training.optimizers import check_optimizer
 from phi35.training.random_state import seed_everything
 from phi35.training.reporting import open_metrics
 from phi35.training.sequence import check_heads
@@ -73,6 +74,7 @@ def train(
         router_aux_loss_coef=model_config.router_aux_loss_coef,
     )
     choose_trackers(config.trackers)
+    check_optimizer(config)
     check_heads(config, model_config)
     folder = Path(config.output_dir)
     reader = checkpoint.open_newest(folder / "checkpoints", place) if config.resume else None
@@ -184,6 +186,13 @@ def _check_resumable(reader: CheckpointReader, config: TrainingConfig, model_con
     if int(reader.trainer["step"]) > config.max_steps:
         raise ValueError(
             f"{str(reader.folder)!r} is beyond max_steps={config.max_steps}; give more steps or another output_dir"
+        )
+    optimizer = reader.trainer["training_config"].get("optimizer", "adamw")
+    moments_differ = "muon" in (optimizer, config.optimizer)
+    if optimizer != config.optimizer and moments_differ:
+        raise ValueError(
+            f"{str(reader.folder)!r} holds the moments of optimizer {optimizer!r}, this run has {config.optimizer!r}: "
+            "keep it, or start a new run from the exported model (scripts/export_checkpoint.py)"
         )
 
 

@@ -19,7 +19,7 @@ import torch
 from phi35.training import checkpoint_files as files
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
-from phi35.training.optimizer_state import MOMENTS, PARAMETER, OptimizerState
+from phi35.training.optimizer_state import OptimizerState
 from phi35.training.random_state import random_state
 from phi35.training.tensor_writer import HostBuffers, TensorWriter, write_hashed
 
@@ -144,10 +144,9 @@ class CheckpointSaver:
     @torch.no_grad()
     def _copy(self, writing: "_Writing", optimizer: OptimizerState) -> TensorWriter:
         """Gathers all tensors, in the same order on every rank, and copies this rank's share of them."""
-        trained = (PARAMETER, *MOMENTS) if optimizer.num_steps else (PARAMETER,)
         mine = dict(shares(self.engine.model.named_parameters(), self.environment, self.engine.config.ep_size or 1))
         expected = sum(
-            4 * _numel(parameter) * (len(trained) if parameter.requires_grad else 1)
+            4 * _numel(parameter) * len(optimizer.kinds_of(parameter))
             for name, parameter in self.engine.model.named_parameters()
             if mine[name]
         )
@@ -160,13 +159,15 @@ class CheckpointSaver:
         )
         for name, parameter in self.engine.model.named_parameters():
             self.beat()
-            for kind in trained if parameter.requires_grad else (PARAMETER,):
+            for kind in optimizer.kinds_of(parameter):
                 value = optimizer.read(parameter, kind)
                 if mine[name] and not writing.problem:
                     offset, rows = getattr(parameter, "expert_shard", (0, None))
                     with writing.noting_problems():  # the other ranks still wait for this one's part of a gather
                         writer.add(kind, name, value, offset=offset, rows=rows)
         with writing.noting_problems():
+            for kind, name, value in optimizer.own_tensors():
+                writer.add(kind, name, value)
             writer.finish_copies()
         return writer
 
