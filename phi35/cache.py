@@ -76,7 +76,22 @@ class KVCache:
                 f"the cache holds {self.max_length} tokens a row and {num_slots} are needed: make it with a larger "
                 "max_length, or with max_length=None to let it grow"
             )
-        capacity = -(-max(num_slots, 2 * self.capacity) // GROWTH_SLOTS) * GROWTH_SLOTS
+        self._reallocate(-(-max(num_slots, 2 * self.capacity) // GROWTH_SLOTS) * GROWTH_SLOTS)
+
+    def resize(self, capacity: int) -> None:
+        """Make room for exactly ``capacity`` tokens in every row, of a preallocated cache too; no fewer than before.
+
+        Raises:
+            ValueError: if that is less than it has room for.
+        """
+        if capacity < self.capacity:
+            raise ValueError(f"the cache has room for {self.capacity} tokens a row, and {capacity} would be fewer")
+        if self.max_length is not None:
+            self.max_length = capacity
+        if capacity > self.capacity:
+            self._reallocate(capacity)
+
+    def _reallocate(self, capacity: int) -> None:
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 new = old.new_zeros(*old.shape[:2], self._allocated(capacity), old.shape[3])

@@ -31,6 +31,7 @@ from phi35.kernels.common import (
 )
 from phi35.kernels.configs import VectorConfig
 from phi35.kernels.operands import Norm
+from phi35.kernels.operations import is_plain
 from phi35.kernels.tuning import StepTuning
 
 
@@ -73,8 +74,8 @@ def add_sparse_feed_forward(
     scratches: dict[tuple[int, ...], "SparseScratch"],
     tuning: StepTuning,
     pdl: bool,
-) -> None:
-    """hidden (1, D) += routed experts of its norm.
+) -> torch.Tensor:
+    """hidden (1, D) += routed experts of its norm; the shared expert is left to the caller.
 
     Args:
         mlp: a ``moe.layer.SparseMoE``.
@@ -83,6 +84,9 @@ def add_sparse_feed_forward(
         scratches: buffers by shape of down_proj, shared by the layers of a step; made where absent.
         tuning: shapes of the programs.
         pdl: launch programmatically.
+
+    Returns:
+        (1, D) the normed token, which the next sparse layer overwrites.
     """
     experts, router = mlp.experts, mlp.router
     shape = tuple(experts.down_proj.shape)
@@ -93,14 +97,24 @@ def add_sparse_feed_forward(
     route(hidden, norm, router.weight, routing, scratch, pdl)
     expert_gate_up(experts.gate_up_proj, experts.hidden_act, scratch, tuning.expert_gate_up, pdl)
     expert_down_add(experts.down_proj, hidden, scratch, tuning.expert_down, pdl)
+    return scratch.normed
 
 
-def limit(mlp: Any) -> str | None:
+def limit(mlp: Any, dtype: torch.dtype) -> str | None:
     """Why these kernels do not take a sparse layer, or None."""
     if type(mlp) is not SparseMoE or type(mlp.experts) is not Experts:
         return f"its experts are {type(mlp.experts).__name__} in {type(mlp).__name__}"
     if type(mlp.router) not in (SparseMixerRouter, TopKSoftmaxRouter):
         return f"its router is {type(mlp.router).__name__}"
+    weights = [mlp.router.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj]
+    if mlp.shared_expert is not None:
+        linear = (mlp.shared_expert.gate_up_proj, mlp.shared_expert.down_proj)
+        if not all(is_plain(module, dtype) for module in linear):
+            return "its shared expert is no pair of plain matrices"
+    if mlp.experts.num_experts != mlp.num_experts:
+        return "its experts are spread over processes"
+    if not all(weight.dtype == dtype and weight.is_contiguous() and weight.shape[-1] % 8 == 0 for weight in weights):
+        return f"its weights are not all contiguous {dtype} with rows of multiples of 8"
     return None
 
 

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
-from phi35.cache import KVCache
-from phi35.generation.sampling import SamplingOptions, next_tokens, row_generators, seed_problems
+from phi35.generation.captured_steps import CapturedSteps, steps_for
+from phi35.generation.plain_steps import PlainSteps
+from phi35.generation.rows import Row
+from phi35.generation.sampling import SamplingOptions, row_generators, seed_problems
 from phi35.generation.stopping import stop_problems, stop_strings
 from phi35.generation.streaming import TextStream
 from phi35.tokenizer import Tokenizer
@@ -36,8 +38,11 @@ class DecodingOptions(SamplingOptions):
         stop: strings that end a row (they need ``tokenizer``); the ids keep the tokens that spelled them.
         seed: one number for all rows, one for each, or None for fresh ones.
         rope_mode: "reference" or "pinned".
-        prefill_chunk_size: tokens of the prompts that run at once, which bounds the memory of long prompts.
+        prefill_chunk_size: tokens of the prompts that run at once, which bounds the memory of long prompts; None takes
+            2,048, or 8,192 with the kernels.
         preallocate: allocate the cache for prompt + max_new_tokens at once instead of letting it grow.
+        return_logprobs: keep the log-probabilities of new tokens (``Decoding.logprobs``).
+        fast: take steps from a CUDA graph: None where the model and its device can, True or an error, False never.
     """
 
     max_new_tokens: int = 256
@@ -45,14 +50,18 @@ class DecodingOptions(SamplingOptions):
     stop: tuple[str, ...] = ()
     seed: int | Sequence[int] | None = None
     rope_mode: str = "reference"
-    prefill_chunk_size: int = 2048
+    prefill_chunk_size: int | None = None
     preallocate: bool = False
+    return_logprobs: bool = False
+    fast: bool | None = None
 
     def all_problems(self, num_rows: int, vocab_size: int) -> list[str]:
         """What is wrong with the values, one message each."""
         problems = list(self.problems())
         for name in ("max_new_tokens", "prefill_chunk_size"):
             value = getattr(self, name)
+            if value is None and name == "prefill_chunk_size":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 problems.append(f"{name} must be a positive whole number, got {value!r}")
         if self.rope_mode not in ROPE_MODES:
@@ -101,31 +110,6 @@ def generate(
     return decoding.output()
 
 
-@dataclasses.dataclass
-class Row:
-    """One prompt and its continuation.
-
-    Attributes:
-        index: place in the batch.
-        ids: prompt and new tokens, without padding.
-        prompt_length: how many of them are the prompt's.
-        embeds: (prompt_length, D) embeddings of a prompt with image features in place; None for text.
-        generator: of this row's draws.
-        text: finds stop strings; None where there are none.
-        seen: ids that the repetition penalty counts: those of text, not of images.
-        rope_long: whether the cached keys stand under the long factors.
-    """
-
-    index: int
-    ids: list[int]
-    prompt_length: int
-    embeds: torch.Tensor | None
-    generator: torch.Generator
-    text: TextStream | None
-    seen: set[int]
-    rope_long: bool = False
-
-
 class Decoding:
     """A generation in progress, one token for every unfinished row at each ``step``.
 
@@ -166,7 +150,7 @@ class Decoding:
             seen = {token for token in ids if token >= 0 and token != image_id}
             self.rows.append(Row(index, ids, len(ids), row_embeds, generator, text, seen))
         self._active = list(self.rows)
-        self._cache: KVCache | None = None
+        self._steps: PlainSteps | CapturedSteps | None = None
 
     @property
     def done(self) -> bool:
@@ -176,6 +160,16 @@ class Decoding:
     def new_ids(self, row: int) -> list[int]:
         """The tokens added to a row so far."""
         return self.rows[row].ids[self.rows[row].prompt_length :]
+
+    def logprobs(self, row: int) -> list[float]:
+        """Log-probabilities of ``new_ids(row)`` under the model itself: before penalty, temperature and filters.
+
+        Raises:
+            ValueError: if the generation was not asked for them.
+        """
+        if not self.options.return_logprobs:
+            raise ValueError("the log-probabilities were not kept: give return_logprobs=True")
+        return self.rows[row].logprobs
 
     def output(self) -> torch.Tensor:
         """(B, T + new) int64: the inputs, the new tokens and padding."""
@@ -191,11 +185,11 @@ class Decoding:
         training = self.model.training
         self.model.eval()
         try:
-            logits = self._logits()
+            if self._steps is None:
+                self._steps = steps_for(self.model, self.options, self._active)
+            tokens = self._steps.next()
         finally:
             self.model.train(training)
-        seen = [row.seen for row in self._active]
-        tokens = next_tokens(logits, self.options, seen, [row.generator for row in self._active])
         new = []
         for row, token_id in zip(self._active, tokens, strict=True):
             row.ids.append(token_id)
@@ -203,69 +197,6 @@ class Decoding:
             new.append((row.index, token_id))
         self._drop_finished()
         return new
-
-    def _logits(self) -> torch.Tensor:
-        """(n, V) logits after the last token of every unfinished row."""
-        if self._cache is None:
-            self._cache, logits = self._prefill(self._active)
-            return logits
-        crossing = [place for place, row in enumerate(self._active) if self._crosses(row)]
-        if not crossing:
-            return self._feed(self._active, self._cache)
-        # The rows beside a crossing one take their step in a cache of their own, then all come together again.
-        logits = torch.empty(len(self._active), self.config.vocab_size, device=self.model.device)
-        staying = [place for place in range(len(self._active)) if place not in crossing]
-        if staying:
-            places = torch.tensor(staying, device=self.model.device)
-            part = self._cache.select_rows(places)
-            logits[places] = self._feed([self._active[place] for place in staying], part).float()
-            self._cache.write_rows(places, part)
-        places = torch.tensor(crossing, device=self.model.device)
-        self._cache.reset_rows(places)
-        part, part_logits = self._prefill([self._active[place] for place in crossing])
-        self._cache.write_rows(places, part)
-        logits[places] = part_logits.float()
-        return logits
-
-    def _feed(self, rows: list[Row], cache: KVCache) -> torch.Tensor:
-        last = torch.tensor([[row.ids[-1]] for row in rows], device=self.model.device)
-        return self.model(input_ids=last, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-
-    def _prefill(self, rows: list[Row]) -> tuple[KVCache, torch.Tensor]:
-        """Run the whole ids of some rows, chunk by chunk: their cache and the last logits (n, V)."""
-        device, longest = self.model.device, max(len(row.ids) for row in rows)
-        lengths = [self._rope_length(row) for row in rows]
-        limit = max(row.prompt_length for row in self.rows) + self.options.max_new_tokens
-        cache = self.model.new_cache(len(rows), limit if self.options.preallocate else None)
-        mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows], device=device)
-        inputs = self._inputs(rows, longest)
-        logits = None
-        for start in range(0, longest, self.options.prefill_chunk_size):
-            part = slice(start, start + self.options.prefill_chunk_size)
-            logits = self.model(
-                **{name: value[:, part] for name, value in inputs.items()},
-                attention_mask=mask[:, part],
-                past_key_values=cache,
-                rope_lengths=torch.tensor(lengths, device=device),
-                logits_to_keep=1,
-            ).logits[:, -1]
-        assert logits is not None
-        for row, length in zip(rows, lengths, strict=True):
-            row.rope_long = length > self.config.original_max_position_embeddings
-        return cache, logits
-
-    def _inputs(self, rows: list[Row], longest: int) -> dict[str, torch.Tensor]:
-        """Left-padded ids, or embeddings where a row has images."""
-        device = self.model.device
-        ids = torch.tensor([[0] * (longest - len(row.ids)) + row.ids for row in rows], device=device)
-        if all(row.embeds is None for row in rows):
-            return {"input_ids": ids}
-        embeds = self.model.model.embed_tokens(ids.clamp(min=0))
-        for place, row in enumerate(rows):
-            if row.embeds is not None:
-                start = longest - len(row.ids)
-                embeds[place, start : start + row.prompt_length] = row.embeds
-        return {"inputs_embeds": embeds}
 
     @torch.no_grad()
     def _embeds(self, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None) -> torch.Tensor | None:
@@ -281,27 +212,13 @@ class Decoding:
         finally:
             self.model.train(training)
 
-    def _rope_length(self, row: Row) -> int:
-        if self.options.rope_mode == "reference":
-            return len(row.ids)
-        return min(row.prompt_length + self.options.max_new_tokens, self.config.max_position_embeddings)
-
-    def _crosses(self, row: Row) -> bool:
-        """Whether the row's last token is the first that belongs under the long factors."""
-        switches = self.config.rope_scaling is not None
-        return switches and not row.rope_long and len(row.ids) > self.config.original_max_position_embeddings
-
     def _drop_finished(self) -> None:
-        """Take ended rows out of the batch: a row ends once, so the copies cost less than steps on dead rows."""
         staying = [place for place, row in enumerate(self._active) if not self._ended(row)]
         if len(staying) == len(self._active):
             return
         self._active = [self._active[place] for place in staying]
-        assert self._cache is not None
-        if staying:
-            self._cache = self._cache.select_rows(torch.tensor(staying, device=self.model.device))
-        else:
-            self._cache = None
+        assert self._steps is not None
+        self._steps.keep(staying)
 
     def _ended(self, row: Row) -> bool:
         if row.text is not None:

@@ -12,14 +12,15 @@ from torch import nn
 
 from phi35.attention import Attention
 from phi35.cache import KVCache
-from phi35.feed_forward import GatedMLP
 from phi35.kernels import availability
-from phi35.kernels.operands import Norm, Rope, StepState
-from phi35.kernels.operations import BatchOperations, Operations, PlainOperations, VectorOperations
+from phi35.kernels.operands import Rope, StepState, norm_of
+from phi35.kernels.operations import BatchOperations, PlainOperations, VectorOperations
 from phi35.kernels.tuning import DEFAULT, StepTuning
-from phi35.language_model_head import LanguageModelHead
 from phi35.norm import RMSNorm
-from phi35.registry import resolve
+
+
+class CannotCaptureError(RuntimeError):
+    """A module of the model asks the host in the middle of a step."""
 
 
 class DecodeStep:
@@ -27,10 +28,11 @@ class DecodeStep:
 
     Args:
         model: a ``phi35.model.CausalLM`` in evaluation mode that ``limit`` has nothing against.
-        cache: preallocated; its tensors are written in place.
+        cache: with room for every token to come; its tensors are written in place. A full row overwrites its last slot.
         tuning: shapes of the kernels' programs.
         pdl: launch kernels programmatically; None where the device can.
         plain: use torch's operations instead of the kernels.
+        state: of the step that this one continues, with a larger cache or other rows.
 
     Attributes:
         state: tokens, lengths, filters, draws: what passes from step to step.
@@ -44,12 +46,16 @@ class DecodeStep:
         tuning: StepTuning = DEFAULT,
         pdl: bool | None = None,
         plain: bool = False,
+        state: StepState | None = None,
     ) -> None:
         self.model, self.config, self.cache = model, model.config, cache
         device, dtype, batch = model.device, model.dtype, cache.batch_size
-        self.state = StepState.new(batch, self.config.vocab_size, device)
-        self.state.lengths.copy_(cache.lengths)
-        self.state.rope_long.copy_(cache.rope_long)
+        self.state = StepState.new(batch, self.config.vocab_size, device) if state is None else state
+        if state is None:
+            self.state.lengths.copy_(cache.lengths)
+            self.state.rope_long.copy_(cache.rope_long)
+        # The cache's own bookkeeping reads and writes the step's.
+        cache.lengths, cache.rope_long = self.state.lengths, self.state.rope_long
         head_width = self.config.num_attention_heads * self.config.attention_head_dim
         self.hidden = torch.zeros(batch, self.config.hidden_size, dtype=dtype, device=device)
         self.query = torch.zeros(batch, head_width, dtype=dtype, device=device)
@@ -58,6 +64,12 @@ class DecodeStep:
         self.rope = Rope(*model.model.rope.tables(device))
         self.operations = self._operations(tuning, pdl, plain)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._weights = fingerprint(model)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model's weights still lie where the step reads them."""
+        return self._weights == fingerprint(self.model)
 
     @torch.no_grad()
     def run(self) -> None:
@@ -65,40 +77,54 @@ class DecodeStep:
         if self._graph is not None:
             self._graph.replay()
             return
-        model, ops, state = self.model.model, self.operations, self.state
-        ops.embed(state.tokens, model.embed_tokens.weight, self.hidden)
-        for number, layer in enumerate(model.layers):
+        decoder, ops, state = self.model.model, self.operations, self.state
+        ops.embed(state.tokens, decoder.embed_tokens, self.hidden)
+        for number, layer in enumerate(decoder.layers):
             attention, keys, values = layer.self_attn, self.cache.keys[number], self.cache.values[number]
-            qkv, out = attention.qkv_proj, attention.o_proj
             norm = norm_of(layer.input_layernorm)
-            ops.project_qkv(self.hidden, norm, qkv.weight, qkv.bias, self.rope, state, self.query, keys, values)
+            ops.project_qkv(self.hidden, norm, attention.qkv_proj, self.rope, state, self.query, keys, values)
             ops.attend(self.query, keys, values, state, self.attended)
-            ops.project_add(self.attended, out.weight, out.bias, self.hidden)
+            ops.project_add(self.attended, attention.o_proj, self.hidden)
             feed_forward = ops.sparse if self.config.is_sparse_layer(number) else ops.dense
             feed_forward(self.hidden, norm_of(layer.post_attention_layernorm), layer.mlp)
-        head = self.model.lm_head
-        ops.project_logits(self.hidden, norm_of(model.norm), head.weight, head.bias, self.logits)
+        ops.project_logits(self.hidden, norm_of(decoder.norm), self.model.lm_head, self.logits)
         ops.choose(self.logits, state)
 
     @torch.no_grad()
     def capture(self) -> None:
-        """Capture the step in a CUDA graph; the first step of the process compiles the kernels. The state stays."""
-        state = vars(self.state)
-        saved = {name: value.clone() for name, value in state.items()}
-        stream = torch.cuda.Stream(self.model.device)
+        """Capture the step in a CUDA graph; the first step of a process compiles the kernels. The state stays.
+
+        Raises:
+            CannotCaptureError: if a module waits for the device.
+        """
+        values = vars(self.state)
+        saved = {name: value.clone() for name, value in values.items()}
+        stream, mode = torch.cuda.Stream(self.model.device), torch.cuda.get_sync_debug_mode()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.run()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(stream):
+                self.run()
+        except RuntimeError as error:
+            raise CannotCaptureError(str(error)) from error
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize(self.model.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.run()
         self._graph = graph
-        for name, value in state.items():
+        for name, value in values.items():
             value.copy_(saved[name])
 
-    def _operations(self, tuning: StepTuning, pdl: bool | None, plain: bool) -> Operations:
+    def choose(self) -> None:
+        """Choose the next tokens from ``logits`` without a step before, as after the prompts; lengths stay."""
+        lengths = self.state.lengths.clone()
+        self.operations.choose(self.logits, self.state)
+        self.state.lengths.copy_(lengths)
+
+    def _operations(self, tuning: StepTuning, pdl: bool | None, plain: bool) -> PlainOperations:
         act, window = self.config.hidden_act, self.config.sliding_window
         if plain:
             return PlainOperations(act, window)
@@ -109,54 +135,33 @@ class DecodeStep:
         return VectorOperations(act, window, keys, heads, tuning, pdl)
 
 
-def norm_of(module: nn.Module) -> Norm:
-    """A norm module as the kernels take it."""
-    if isinstance(module, RMSNorm):
-        return Norm("rmsnorm", module.weight, module.weight, module.eps)
-    assert isinstance(module, nn.LayerNorm)
-    return Norm("layernorm", module.weight, module.bias, module.eps)
-
-
 def limit(model: Any) -> str | None:
-    """Why the captured step does not take a model, or None."""
+    """Why the captured step does not take a model, or None.
+
+    Modules of other kinds than the decoder's own are no reason: they run as they are.
+    """
     reason = availability.missing(model.device)
     if reason is not None:
         return reason
-    dtypes = {parameter.dtype for name, parameter in model.named_parameters() if "vision" not in name}
-    if len(dtypes) != 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
-        return f"its weights are {sorted(map(str, dtypes))}"
-    devices = {parameter.device for parameter in model.parameters()}
+    if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"its activations are {model.dtype}"
+    decoder = model.model
+    devices = {tensor.device for tensor in model.state_dict().values()}
     if len(devices) != 1:
         return f"its weights lie on {sorted(map(str, devices))}"
-    config = model.config
-    widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
-    widths["head_dim"] = config.attention_head_dim
-    for name, width in widths.items():
-        if width % 8:
-            return f"{name} ({width}) is no multiple of 8"
-    if type(model.lm_head) is not LanguageModelHead or type(model.model.embed_tokens) is not nn.Embedding:
-        return "its head or its embedding is no plain matrix"
-    for number, layer in enumerate(model.model.layers):
-        reason = _layer_limit(layer, config.is_sparse_layer(number))
-        if reason is not None:
-            return f"layer {number}: {reason}"
+    if getattr(decoder, "sequence_parallel", None) is not None:
+        return "processes share its rows"
+    if model.config.attention_head_dim % 8 or model.config.hidden_size % 8:
+        return "its head_dim or hidden_size is no multiple of 8"
+    for layer in decoder.layers:
+        if type(layer.self_attn) is not Attention or layer._forward_hooks or layer._forward_pre_hooks:
+            return f"a layer is not the decoder's own: {type(layer.self_attn).__name__}, or one with hooks"
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm):
+            if type(norm) not in (RMSNorm, nn.LayerNorm) or norm.weight.dtype != model.dtype:
+                return f"a norm is {type(norm).__name__} of {norm.weight.dtype}"
     return None
 
 
-def _layer_limit(layer: Any, sparse: bool) -> str | None:
-    if type(layer.self_attn) is not Attention:
-        return f"its attention is {type(layer.self_attn).__name__}"
-    linear = [layer.self_attn.qkv_proj, layer.self_attn.o_proj]
-    if sparse:
-        reason = resolve("decoding.sparse_limit")(layer.mlp)
-        if reason is not None:
-            return reason
-        dense = layer.mlp.shared_expert
-    else:
-        dense = layer.mlp
-    if dense is not None:
-        if type(dense) is not GatedMLP:
-            return f"its feed-forward is {type(dense).__name__}"
-        linear += [dense.gate_up_proj, dense.down_proj]
-    kinds = {type(module).__name__ for module in linear if type(module) is not nn.Linear}
-    return f"its products are {sorted(kinds)}" if kinds else None
+def fingerprint(model: Any) -> tuple[int, ...]:
+    """Where the model's tensors lie."""
+    return tuple(tensor.data_ptr() for tensor in model.state_dict(keep_vars=True).values())

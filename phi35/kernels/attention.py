@@ -233,14 +233,14 @@ def _attend_group(  # type: ignore[no-untyped-def]
         at = slots[:, None] * HEAD_DIM + dims[None, :]
         key = tl.load(keys_at + at, mask=real, other=0.0)
         value = tl.load(values_at + at, mask=real, other=0.0)
-        score = tl.dot(queries, tl.trans(key)) * scale
+        score = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
         score = tl.where(inside[None, :], score, float("-inf"))
         # The first key of a step is always inside, so that no maximum stays infinite.
         higher = tl.maximum(best, tl.max(score, axis=1))
         shrink = tl.exp2(best - higher)
         chance = tl.exp2(score - higher[:, None])
         weight = weight * shrink + tl.sum(chance, axis=1)
-        summed = tl.dot(chance.to(value.dtype), value, summed * shrink[:, None])
+        summed = tl.dot(chance.to(value.dtype), value, summed * shrink[:, None], input_precision="ieee")
         best = higher
     return best, weight, summed
 

@@ -107,3 +107,96 @@ def _gate_kernel(gate_up, acted, width, ACT: tl.constexpr, CHUNK: tl.constexpr):
     # Rounded as the plain path rounds it.
     gate = activate(gate, ACT).to(acted.dtype.element_ty).to(tl.float32)
     tl.store(acted + row * width + columns, (gate * up).to(acted.dtype.element_ty), mask=inside)
+
+
+HEADS_PER_PROGRAM = 8
+
+
+def rotate_prompt(
+    projected: torch.Tensor,
+    rope: Rope,
+    positions: torch.Tensor,
+    places: torch.Tensor,
+    use_long: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    num_heads: int,
+) -> None:
+    """Rotate the queries and keys of N prompt tokens in place and store keys and values in the tokens' slots.
+
+    Args:
+        projected: (N, W), queries, then keys, then values, bias included; queries and keys are overwritten.
+        rope: rotary tables.
+        positions: (N,) int32 position, which is the slot, of each token.
+        places: (N,) int32 row of the cache that each token belongs to.
+        use_long: (N,) int32, whether the token stands under the long factors.
+        keys: (B, K, slots, d).
+        values: like ``keys``.
+        num_heads: H.
+    """
+    _, num_kv, slots, head_dim = keys.shape
+    heads = num_heads + 2 * num_kv
+    _rotate_prompt_kernel[(triton.cdiv(heads, HEADS_PER_PROGRAM), projected.shape[0])](
+        projected,
+        rope.inv_freq,
+        rope.scaling,
+        positions,
+        places,
+        use_long,
+        keys,
+        values,
+        slots,
+        NUM_HEADS=num_heads,
+        NUM_KV=num_kv,
+        HALF=head_dim // 2,
+        PADDED_HALF=triton.next_power_of_2(head_dim // 2),
+        HEADS=HEADS_PER_PROGRAM,
+        num_warps=2,
+    )
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _rotate_prompt_kernel(  # type: ignore[no-untyped-def]
+    projected,
+    inv_freq,
+    scaling,
+    positions,
+    places,
+    use_long,
+    keys,
+    values,
+    slots,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV: tl.constexpr,
+    HALF: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    token = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    element = tl.arange(0, PADDED_HALF)
+    real = (element < HALF)[None, :] & (head < NUM_HEADS + 2 * NUM_KV)[:, None]
+    kind = projected.dtype.element_ty
+    at = projected + (token * (NUM_HEADS + 2 * NUM_KV) + head[:, None]) * (2 * HALF) + element[None, :]
+    low = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    high = tl.load(at + HALF, mask=real, other=0.0).to(tl.float32)
+    position = tl.load(positions + token)
+    factors = tl.load(use_long + token)
+    angle = position.to(tl.float32) * tl.load(inv_freq + factors * HALF + element, mask=element < HALF, other=0.0)
+    scale = tl.load(scaling + factors)
+    # Tables are rounded as the plain path rounds them.
+    cos = (tl.cos(angle) * scale).to(kind).to(tl.float32)[None, :]
+    sin = (tl.sin(angle) * scale).to(kind).to(tl.float32)[None, :]
+    turned = (head < NUM_HEADS + NUM_KV)[:, None]
+    first = tl.where(turned, low * cos - high * sin, low).to(kind)
+    second = tl.where(turned, high * cos + low * sin, high).to(kind)
+    tl.store(at, first, mask=real & turned)
+    tl.store(at + HALF, second, mask=real & turned)
+    place = tl.load(places + token).to(tl.int64)
+    is_key = turned & (head >= NUM_HEADS)[:, None]
+    key_at = ((place * NUM_KV + head[:, None] - NUM_HEADS) * slots + position) * (2 * HALF) + element[None, :]
+    tl.store(keys + key_at, first, mask=real & is_key)
+    tl.store(keys + key_at + HALF, second, mask=real & is_key)
+    value_at = key_at - tl.cast(slots, tl.int64) * NUM_KV * (2 * HALF)
+    tl.store(values + value_at, first, mask=real & (turned == 0))
+    tl.store(values + value_at + HALF, second, mask=real & (turned == 0))

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
+from phi35.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -15,12 +18,23 @@ class Norm:
     eps: float
 
 
+def norm_of(module: nn.Module) -> Norm:
+    """A norm module as the kernels take it."""
+    if isinstance(module, RMSNorm):
+        return Norm("rmsnorm", module.weight, module.weight, module.eps)
+    assert isinstance(module, nn.LayerNorm)
+    return Norm("layernorm", module.weight, module.bias, module.eps)
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary tables (2, d/2) and scalings (2,) of the short and the long factors, float32."""
 
     inv_freq: torch.Tensor
     scaling: torch.Tensor
+
+
+ROW_FIELDS = ("tokens", "lengths", "rope_long", "steps", "temperature", "top_k", "top_p", "min_p", "penalty", "seen")
 
 
 @dataclass(frozen=True)
@@ -80,3 +94,16 @@ class StepState:
             history=torch.zeros(ring, batch, dtype=torch.int32, pin_memory=pinned),
             logprobs=torch.zeros(ring, batch, pin_memory=pinned),
         )
+
+    def select(self, places: torch.Tensor) -> "StepState":
+        """A state of copies of these rows (n,) int64; its rings are new and empty."""
+        chosen = StepState.new(len(places), self.seen.shape[1], self.tokens.device)
+        for name in ROW_FIELDS:
+            getattr(chosen, name).copy_(getattr(self, name)[places])
+        chosen.draws.copy_(self.draws[:, places])
+        return chosen
+
+    def write(self, places: torch.Tensor, other: "StepState") -> None:
+        """Put the rows of another state in these places; the rings stay."""
+        for name in ROW_FIELDS:
+            getattr(self, name)[places] = getattr(other, name)

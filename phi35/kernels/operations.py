@@ -1,124 +1,78 @@
-"""The operations of a decoding step by one signature, in three makes: one token, a batch, and plain torch.
+"""The operations of a decoding step by one signature, in three makes: plain torch, a batch, and one token.
 
-Each make is made for one step of fixed batch and cache, and writes into the buffers it is handed, so that a step can be
-captured in a CUDA graph.
+B rows, hidden (B, D). An operation takes the model's own modules, so that what it does not know (quantized weights,
+adapters) runs as the module runs it. Each make is made for one step of fixed batch and cache and writes into the
+buffers it is handed, so that a step can be captured in a CUDA graph.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch.nn import functional as F
+from torch import nn
 
+from phi35.feed_forward import GatedMLP
 from phi35.kernels import reference
 from phi35.kernels.operands import Norm, Rope, StepState
 from phi35.kernels.reference import normed
 from phi35.kernels.tuning import StepTuning
+from phi35.language_model_head import LanguageModelHead
 from phi35.registry import resolve
 
 
-class Operations(Protocol):
-    """What a step is made of; B rows, hidden (B, D). See ``phi35.kernels.reference`` for what each computes."""
-
-    def embed(self, tokens: torch.Tensor, table: torch.Tensor, hidden: torch.Tensor) -> None:
-        """hidden = rows of the embedding."""
-
-    def project_qkv(
-        self,
-        hidden: torch.Tensor,
-        norm: Norm,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        rope: Rope,
-        state: StepState,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> None:
-        """Norm, product, rotation, store into the cache."""
-
-    def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, state: StepState, out: torch.Tensor
-    ) -> None:
-        """Attention over the cache, the new token included."""
-
-    def project_add(
-        self, vector: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor
-    ) -> None:
-        """hidden += product."""
-
-    def dense(self, hidden: torch.Tensor, norm: Norm, mlp: Any) -> None:
-        """hidden += the dense feed-forward of the normed hidden."""
-
-    def sparse(self, hidden: torch.Tensor, norm: Norm, mlp: Any) -> None:
-        """hidden += the sparse feed-forward of the normed hidden."""
-
-    def project_logits(
-        self, hidden: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None, logits: torch.Tensor
-    ) -> None:
-        """Norm and head."""
-
-    def choose(self, logits: torch.Tensor, state: StepState) -> None:
-        """The next tokens; moves the state on."""
-
-
 class PlainOperations:
-    """Any device, dtype and batch, in torch; the choice is left to the host."""
+    """Any device, dtype and batch, in torch. The choice is greedy alone; other choices are the host's."""
 
     def __init__(self, hidden_act: str, sliding_window: int | None) -> None:
         self.hidden_act, self.window = hidden_act, sliding_window
 
-    def embed(self, tokens: torch.Tensor, table: torch.Tensor, hidden: torch.Tensor) -> None:
-        """See ``Operations``."""
-        torch.index_select(table, 0, tokens, out=hidden)
+    def embed(self, tokens: torch.Tensor, embedding: Any, hidden: torch.Tensor) -> None:
+        """hidden = embeddings of the tokens (B,)."""
+        hidden.copy_(embedding(tokens))
 
     def project_qkv(
         self,
         hidden: torch.Tensor,
         norm: Norm,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        linear: Any,
         rope: Rope,
         state: StepState,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
-        """See ``Operations``."""
-        reference.project_qkv(hidden, norm, weight, bias, rope, state.lengths, state.rope_long, query, keys, values)
+        """Norm, product, rotation; query (B, H d) is written, and one slot a row of keys and values (B, K, n, d)."""
+        projected = linear(normed(hidden, norm))
+        reference.rotate_and_store(projected, rope, state.lengths, state.rope_long, query, keys, values)
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, state: StepState, out: torch.Tensor
     ) -> None:
-        """See ``Operations``."""
+        """out (B, H d) = attention over the cache, the new token included."""
         reference.attend(query, keys, values, state.lengths, out, self.window)
 
-    def project_add(
-        self, vector: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor
-    ) -> None:
-        """See ``Operations``."""
-        reference.project_add(vector, weight, bias, hidden)
+    def project_add(self, vector: torch.Tensor, linear: Any, hidden: torch.Tensor) -> None:
+        """hidden += product of a vector (B, W)."""
+        hidden.add_(linear(vector))
 
     def dense(self, hidden: torch.Tensor, norm: Norm, mlp: Any) -> None:
-        """See ``Operations``."""
+        """hidden += the dense feed-forward of the normed hidden."""
         hidden.add_(mlp(normed(hidden, norm))[0])
 
     def sparse(self, hidden: torch.Tensor, norm: Norm, mlp: Any) -> None:
-        """See ``Operations``."""
+        """hidden += the sparse feed-forward of the normed hidden."""
         hidden.add_(mlp(normed(hidden, norm)[:, None])[0][:, 0])
 
-    def project_logits(
-        self, hidden: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None, logits: torch.Tensor
-    ) -> None:
-        """See ``Operations``."""
-        reference.project_logits(hidden, norm, weight, bias, logits)
+    def project_logits(self, hidden: torch.Tensor, norm: Norm, head: Any, logits: torch.Tensor) -> None:
+        """logits (B, V) float32 = head of the normed hidden."""
+        logits.copy_(head(normed(hidden, norm)))
 
     def choose(self, logits: torch.Tensor, state: StepState) -> None:
-        """Greedy alone: moves the state on as the kernel does."""
+        """The next tokens; moves the state on."""
         reference.choose(logits, state)
 
 
 class BatchOperations(PlainOperations):
-    """A batch on CUDA: products by cuBLAS, everything between them by kernels."""
+    """A batch on CUDA: products as the modules make them (cuBLAS), everything between them by kernels."""
 
     def __init__(
         self, hidden_act: str, sliding_window: int | None, keys: torch.Tensor, num_heads: int, tuning: StepTuning
@@ -129,61 +83,63 @@ class BatchOperations(PlainOperations):
         self._attention, self._batched, self._sampling = attention, batched, sampling
         self.tuning, self.pdl = tuning, False
         batch, num_kv, slots, head_dim = keys.shape
-        self.attention_config = tuning.attention(batch, num_kv, num_heads // num_kv, slots)
-        self.scratch = attention.AttentionScratch(
-            batch, num_kv, num_heads // num_kv, head_dim, self.attention_config.splits, keys.device
-        )
+        group = num_heads // num_kv
+        self.attention_config = tuning.attention(batch, num_kv, group, slots)
+        splits = self.attention_config.splits
+        self.scratch = attention.AttentionScratch(batch, num_kv, group, head_dim, splits, keys.device)
 
-    def embed(self, tokens: torch.Tensor, table: torch.Tensor, hidden: torch.Tensor) -> None:
-        """See ``Operations``."""
-        self._sampling.embed(tokens, table, hidden, self.pdl)
+    def embed(self, tokens: torch.Tensor, embedding: Any, hidden: torch.Tensor) -> None:
+        """See ``PlainOperations``."""
+        if type(embedding) is not nn.Embedding:
+            return super().embed(tokens, embedding, hidden)
+        self._sampling.embed(tokens, embedding.weight, hidden, self.pdl)
 
     def project_qkv(
         self,
         hidden: torch.Tensor,
         norm: Norm,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        linear: Any,
         rope: Rope,
         state: StepState,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
-        """See ``Operations``."""
-        projected = F.linear(normed(hidden, norm), weight, bias)
+        """See ``PlainOperations``."""
+        projected = linear(normed(hidden, norm))
         self._batched.rotate_and_store(projected, rope, state.lengths, state.rope_long, query, keys, values)
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, state: StepState, out: torch.Tensor
     ) -> None:
-        """See ``Operations``."""
-        self._attention.attend(
-            query, keys, values, state.lengths, out, self.scratch, self.window, self.attention_config, self.pdl
-        )
+        """See ``PlainOperations``."""
+        config = self.attention_config
+        self._attention.attend(query, keys, values, state.lengths, out, self.scratch, self.window, config, self.pdl)
 
-    def project_add(
-        self, vector: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor
-    ) -> None:
-        """See ``Operations``."""
-        hidden.addmm_(vector, weight.t())
-        if bias is not None:
-            hidden.add_(bias)
+    def project_add(self, vector: torch.Tensor, linear: Any, hidden: torch.Tensor) -> None:
+        """See ``PlainOperations``."""
+        if not is_plain(linear, hidden.dtype):
+            return super().project_add(vector, linear, hidden)
+        hidden.addmm_(vector, linear.weight.t())
+        if linear.bias is not None:
+            hidden.add_(linear.bias)
 
     def dense(self, hidden: torch.Tensor, norm: Norm, mlp: Any) -> None:
-        """See ``Operations``."""
-        gate_up = F.linear(normed(hidden, norm), mlp.gate_up_proj.weight)
+        """See ``PlainOperations``."""
+        if type(mlp) is not GatedMLP:
+            return super().dense(hidden, norm, mlp)
+        gate_up = mlp.gate_up_proj(normed(hidden, norm))
         acted = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
         self._batched.gate_rows(gate_up, acted, self.hidden_act)
-        hidden.addmm_(acted, mlp.down_proj.weight.t())
+        self.project_add(acted, mlp.down_proj, hidden)
 
     def choose(self, logits: torch.Tensor, state: StepState) -> None:
-        """See ``Operations``."""
+        """See ``PlainOperations``."""
         self._sampling.choose(logits, state, self.pdl)
 
 
 class VectorOperations(BatchOperations):
-    """One token on CUDA: everything by kernels, each launched while its predecessor still runs."""
+    """One token on CUDA: plain weights by kernels, each launched while its predecessor still runs."""
 
     def __init__(
         self,
@@ -205,53 +161,57 @@ class VectorOperations(BatchOperations):
         self,
         hidden: torch.Tensor,
         norm: Norm,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        linear: Any,
         rope: Rope,
         state: StepState,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
-        """See ``Operations``."""
-        config = self.tuning.qkv
-        operands = (hidden, norm, weight, bias, rope, state.lengths, state.rope_long, query, keys, values)
-        self._vector.project_qkv(*operands, config, self.pdl)
+        """See ``PlainOperations``."""
+        if not is_plain(linear, hidden.dtype):
+            return super().project_qkv(hidden, norm, linear, rope, state, query, keys, values)
+        operands = (hidden, norm, linear.weight, linear.bias, rope, state.lengths, state.rope_long)
+        self._vector.project_qkv(*operands, query, keys, values, self.tuning.qkv, self.pdl)
 
-    def project_add(
-        self, vector: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor
-    ) -> None:
-        """See ``Operations``."""
-        self._vector.project_add(vector, weight, bias, hidden, self.tuning.add(weight.shape[1]), self.pdl)
+    def project_add(self, vector: torch.Tensor, linear: Any, hidden: torch.Tensor) -> None:
+        """See ``PlainOperations``."""
+        if not is_plain(linear, hidden.dtype):
+            return super().project_add(vector, linear, hidden)
+        config = self.tuning.add(vector.shape[1])
+        self._vector.project_add(vector, linear.weight, linear.bias, hidden, config, self.pdl)
 
     def dense(self, hidden: torch.Tensor, norm: Norm, mlp: Any) -> None:
-        """See ``Operations``."""
-        gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
-        width = down.shape[1]
-        if width not in self._acted:
-            self._acted[width] = hidden.new_empty(1, width)
-        acted = self._acted[width]
-        self._vector.project_gate_up(hidden, norm, gate_up, acted, self.hidden_act, self.tuning.gate_up, self.pdl)
-        self.project_add(acted, down, None, hidden)
+        """See ``PlainOperations``."""
+        if type(mlp) is not GatedMLP or not is_plain(mlp.gate_up_proj, hidden.dtype):
+            return super().dense(hidden, norm, mlp)
+        weight = mlp.gate_up_proj.weight
+        acted = self._acted.setdefault(weight.shape[0], hidden.new_empty(1, weight.shape[0] // 2))
+        self._vector.project_gate_up(hidden, norm, weight, acted, self.hidden_act, self.tuning.gate_up, self.pdl)
+        self.project_add(acted, mlp.down_proj, hidden)
 
     def sparse(self, hidden: torch.Tensor, norm: Norm, mlp: Any) -> None:
-        """See ``Operations``."""
-        run = resolve("decoding.sparse")
-        run(mlp, hidden, norm, self._sparse_scratch, self.tuning, self.pdl)
+        """See ``PlainOperations``."""
+        if resolve("decoding.sparse_limit")(mlp, hidden.dtype) is not None:
+            return super().sparse(hidden, norm, mlp)
+        token = resolve("decoding.sparse")(mlp, hidden, norm, self._sparse_scratch, self.tuning, self.pdl)
         if mlp.shared_expert is not None:
-            # The router's kernel left the normed token behind.
-            token = self._sparse_scratch[mlp.experts.down_proj.shape].normed
-            shared = mlp.shared_expert
-            plain = Norm("none", norm.weight, norm.bias, norm.eps)
-            width = shared.down_proj.weight.shape[1]
-            acted = self._acted.setdefault(width, hidden.new_empty(1, width))
-            self._vector.project_gate_up(
-                token, plain, shared.gate_up_proj.weight, acted, self.hidden_act, self.tuning.gate_up, self.pdl
-            )
-            self.project_add(acted, shared.down_proj.weight, None, hidden)
+            shared = mlp.shared_expert.gate_up_proj.weight
+            acted = self._acted.setdefault(shared.shape[0], hidden.new_empty(1, shared.shape[0] // 2))
+            none = Norm("none", norm.weight, norm.bias, norm.eps)
+            self._vector.project_gate_up(token, none, shared, acted, self.hidden_act, self.tuning.gate_up, self.pdl)
+            self.project_add(acted, mlp.shared_expert.down_proj, hidden)
 
-    def project_logits(
-        self, hidden: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None, logits: torch.Tensor
-    ) -> None:
-        """See ``Operations``."""
-        self._vector.project_logits(hidden, norm, weight, bias, logits, self.tuning.logits, self.pdl)
+    def project_logits(self, hidden: torch.Tensor, norm: Norm, head: Any, logits: torch.Tensor) -> None:
+        """See ``PlainOperations``."""
+        if not is_plain(head, hidden.dtype):
+            return super().project_logits(hidden, norm, head, logits)
+        self._vector.project_logits(hidden, norm, head.weight, head.bias, logits, self.tuning.logits, self.pdl)
+
+
+def is_plain(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether a module is nothing but a matrix of this dtype (and a bias) whose rows the kernels can read."""
+    if type(linear) not in (nn.Linear, LanguageModelHead) or linear._forward_hooks or linear._forward_pre_hooks:
+        return False
+    weight = linear.weight
+    return weight.dtype == dtype and weight.is_contiguous() and weight.shape[1] % 8 == 0

@@ -20,6 +20,31 @@ def normed(hidden: torch.Tensor, norm: Norm) -> torch.Tensor:
     return hidden
 
 
+def rotate_and_store(
+    projected: torch.Tensor,
+    rope: Rope,
+    lengths: torch.Tensor,
+    rope_long: torch.Tensor,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """See ``phi35.kernels.batched.rotate_and_store``."""
+    batch, num_kv, slots, head_dim = keys.shape
+    heads = projected.view(batch, -1, 1, head_dim)
+    num_heads = heads.shape[1] - 2 * num_kv
+    row = rope_long.long()
+    angles = (lengths[:, None].float() * rope.inv_freq[row])[:, None, None, :]
+    angles = torch.cat((angles, angles), dim=-1)
+    scale = rope.scaling[row][:, None, None, None]
+    cos_sin = (angles.cos() * scale).to(projected.dtype), (angles.sin() * scale).to(projected.dtype)
+    turned = apply_rotary(heads[:, : num_heads + num_kv], cos_sin)[:, :, 0]
+    rows, slot = torch.arange(batch, device=projected.device), lengths.clamp(max=slots - 1)
+    query.copy_(turned[:, :num_heads].reshape(batch, -1))
+    keys.transpose(1, 2)[rows, slot] = turned[:, num_heads:]
+    values.transpose(1, 2)[rows, slot] = heads[:, num_heads + num_kv :, 0]
+
+
 def project_qkv(
     hidden: torch.Tensor,
     norm: Norm,
@@ -33,19 +58,8 @@ def project_qkv(
     values: torch.Tensor,
 ) -> None:
     """See ``phi35.kernels.vector.project_qkv``; here for any batch."""
-    batch, num_kv, slots, head_dim = keys.shape
-    heads = F.linear(normed(hidden, norm), weight, bias).view(batch, -1, 1, head_dim)
-    num_heads = heads.shape[1] - 2 * num_kv
-    row = rope_long.long()
-    angles = (lengths[:, None].float() * rope.inv_freq[row])[:, None, None, :]
-    angles = torch.cat((angles, angles), dim=-1)
-    scale = rope.scaling[row][:, None, None, None]
-    cos_sin = (angles.cos() * scale).to(hidden.dtype), (angles.sin() * scale).to(hidden.dtype)
-    turned = apply_rotary(heads[:, : num_heads + num_kv], cos_sin)[:, :, 0]
-    rows, slot = torch.arange(batch, device=hidden.device), lengths.clamp(max=slots - 1)
-    query.copy_(turned[:, :num_heads].reshape(batch, -1))
-    keys.transpose(1, 2)[rows, slot] = turned[:, num_heads:]
-    values.transpose(1, 2)[rows, slot] = heads[:, num_heads + num_kv :, 0]
+    projected = F.linear(normed(hidden, norm), weight, bias)
+    rotate_and_store(projected, rope, lengths, rope_long, query, keys, values)
 
 
 def attend(
@@ -101,3 +115,26 @@ def choose(logits: torch.Tensor, state: StepState) -> None:
     state.seen[rows, tokens] = 1
     state.steps.add_(1)
     state.lengths.add_(1)
+
+
+def rotate_prompt(
+    projected: torch.Tensor,
+    rope: Rope,
+    positions: torch.Tensor,
+    places: torch.Tensor,
+    use_long: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    num_heads: int,
+) -> None:
+    """See ``phi35.kernels.batched.rotate_prompt``."""
+    num_kv, head_dim = keys.shape[1], keys.shape[3]
+    heads = projected.view(len(projected), -1, head_dim)
+    angles = positions[:, None].float() * rope.inv_freq[use_long.long()]
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    scale = rope.scaling[use_long.long()][:, None, None]
+    cos_sin = (angles.cos() * scale).to(projected.dtype), (angles.sin() * scale).to(projected.dtype)
+    heads[:, : num_heads + num_kv] = apply_rotary(heads[:, : num_heads + num_kv], cos_sin)
+    rows, slots = places.long(), positions.long()
+    keys.transpose(1, 2)[rows, slots] = heads[:, num_heads : num_heads + num_kv]
+    values.transpose(1, 2)[rows, slots] = heads[:, num_heads + num_kv :]

@@ -1,0 +1,62 @@
+"""Captured steps between generations: a model keeps its last one, as long as its cache is small.
+
+Capturing takes some tens of milliseconds (docs/inference.md), so that short answers gain from a step that is there.
+"""
+
+from typing import Any
+
+from phi35.cache import KVCache
+from phi35.generation.fast_step import DecodeStep
+from phi35.kernels.operands import StepState
+
+KEPT_BYTES = 2**30
+"""Largest cache that is kept with its step."""
+ATTRIBUTE = "_kept_step"
+
+
+class KeptStep:
+    """Holds a step on its model; copies and pickles of the model hold none."""
+
+    def __init__(self, step: DecodeStep | None = None) -> None:
+        self.step = step
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeptStep":
+        return KeptStep()
+
+    def __reduce__(self) -> tuple[type["KeptStep"], tuple[()]]:
+        return KeptStep, ()
+
+
+def take(model: Any, batch: int, capacity: int, plain: bool) -> DecodeStep:
+    """A step for so many rows of so many tokens: the kept one where it serves, else a new one.
+
+    Raises:
+        CannotCaptureError: if a module of the model waits for the device.
+    """
+    kept = model.__dict__.pop(ATTRIBUTE, KeptStep()).step
+    if kept is not None:
+        cache = kept.cache
+        if not plain and cache.batch_size == batch and cache.capacity >= capacity and kept.is_current:
+            return kept
+        del kept
+    return make(model, KVCache(model.config, batch, capacity, device=model.device, dtype=model.dtype), plain)
+
+
+def make(model: Any, cache: KVCache, plain: bool, state: StepState | None = None) -> DecodeStep:
+    """A step over a cache, captured unless ``plain``."""
+    step = DecodeStep(model, cache, plain=plain, state=state)
+    if not plain:
+        step.capture()
+    return step
+
+
+def give(model: Any, step: DecodeStep) -> None:
+    """Keep a step for the next generation, if its cache is small."""
+    num_bytes = sum(tensor.nbytes for tensor in (*step.cache.keys, *step.cache.values))
+    if num_bytes <= KEPT_BYTES and step.model.device.type == "cuda":
+        model.__dict__[ATTRIBUTE] = KeptStep(step)
+
+
+def drop(model: Any) -> None:
+    """Free the kept step."""
+    model.__dict__.pop(ATTRIBUTE, None)
