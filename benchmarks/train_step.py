@@ -134,12 +134,55 @@ def child(name: str, arguments: argparse.Namespace) -> None:
     case = CASES[name] if gpu and not arguments.tiny else small(CASES[name])
     result: dict[str, Any] = {"case": name}
     try:
-        result |= measure(case, arguments, torch.device("cuda", 0) if gpu else torch.device("cpu"))
+        if name == "check":
+            result["errors"] = check(torch.device("cuda", 0) if gpu else torch.device("cpu"))
+        else:
+            result |= measure(case, arguments, torch.device("cuda", 0) if gpu else torch.device("cpu"))
     except Exception as error:
         traceback.print_exc(limit=6)
         result["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
     print(MARK + json.dumps(result), flush=True)
     os._exit(0)  # process groups need no farewell here
+
+
+def check(device: Any) -> dict[str, dict[str, dict[str, float]]]:
+    """Errors of loss and gradients against the plain model in float32: bfloat16 plain, fused, selective, compiled."""
+    import torch
+    from train_step_cases import CHECKED
+
+    from phi35.loading import create
+    from phi35.training.acceleration import compile_layers, fast_attention, fuse
+
+    tiny = device.type != "cuda"
+    report: dict[str, dict[str, dict[str, float]]] = {}
+    for preset, changes in CHECKED.items():
+        ids = torch.randint(3, 1000, (2, 64 if tiny else 1024), generator=torch.Generator().manual_seed(1)).to(device)
+        wanted: dict[str, Any] = {}
+        report[preset] = {}
+        for form in ("float32", "plain", "fused", "selective", *(("compiled",) if not tiny else ())):
+            model = create(f"tiny-{preset}" if tiny else preset, device=device, dtype="bfloat16", seed=0, **changes)
+            model.train().to(torch.float32 if form == "float32" else torch.bfloat16)
+            fuse(model, form in ("fused", "selective"))
+            model.gradient_checkpointing = form == "selective" and form
+            if form == "compiled":
+                compile_layers(model)
+            torch.manual_seed(0)
+            with fast_attention(device) if form != "float32" else contextlib.nullcontext():
+                loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+            gradients = {name: value.grad.float() for name, value in model.named_parameters()}
+            if form == "float32":
+                wanted = {"loss": loss.item(), **gradients}
+                continue
+            errors = {
+                name: float((value - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-30))
+                for name, value in gradients.items()
+            }
+            worst = max(errors, key=lambda name: errors[name])
+            mean = statistics.mean(errors.values())
+            report[preset][form] = {"loss": abs(loss.item() - wanted["loss"]), "mean": mean, worst: errors[worst]}
+            print(f"  {preset} {form}: " + ", ".join(f"{key} {one:.2e}" for key, one in report[preset][form].items()))
+    return report
 
 
 def measure(case: Any, arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
@@ -369,6 +412,8 @@ def summary(result: dict[str, Any]) -> str:
     name = f"{result['case']:<30}"
     if "error" in result:
         return f"{name} FAILED {result['error']}"
+    if "ms" not in result:
+        return f"{name} done"
     ms = result["ms"]
     parts = " ".join(f"{ms.get(key, 0.0):{width}.1f}" for key, width in PHASES)
     losses = result["losses"]

@@ -100,7 +100,8 @@ class Experts(nn.Module):
         if self.backend != "auto":
             return self.backend
         name = automatic_backend(hidden_states, self.gate_up_proj, self.down_proj)
-        _say_once(name, hidden_states.device.type, hidden_states.dtype)
+        if not torch.compiler.is_compiling():  # a message would break the graph
+            _say_once(name, hidden_states.device.type, hidden_states.dtype)
         return name
 
     def quantized_twin(self, one: WeightFormat, scale_dtype: torch.dtype) -> nn.Module:

@@ -22,6 +22,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from phi35.config import ROUTER_TYPES, ModelConfig
+from phi35.fused import wide_product
 from phi35.outputs import RouterOutput
 
 MIDPOINT_LOW = 0.3333
@@ -279,6 +280,27 @@ class _MixerWeight(torch.autograd.Function):
         return grad_outputs[0] * weight * direction, None, None, None
 
 
+class _Bfloat16Scores(torch.autograd.Function):
+    """float32 scores of bfloat16 tokens without a float32 copy of these.
+
+    A product of two bfloat16 numbers is exact in float32, so that only the order of the sums differs from a product of
+    copies. The scores' gradient is taken as the sum of two bfloat16 tensors, which hold 16 of its 24 bits.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden_states, weight)
+        return wide_product(hidden_states, weight.T)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_states, weight = ctx.saved_tensors
+        high = grad_outputs[0].to(torch.bfloat16)
+        parts = torch.cat((high, (grad_outputs[0] - high.float()).to(torch.bfloat16)), dim=1)  # (N, 2E)
+        grad_weight = wide_product(parts.T, hidden_states).view(2, *weight.shape).sum(dim=0)
+        return parts @ torch.cat((weight, weight)), grad_weight.to(weight.dtype)
+
+
 def _sparsemixer(
     scores: torch.Tensor, jitter_eps: float, training: bool, selection_bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -360,6 +382,9 @@ def _midpoint_factor(kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _router_scores(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(N, E) scores in float32, or float64 where the tokens are."""
+    both = (hidden_states.dtype, weight.dtype)
+    if hidden_states.is_cuda and both == (torch.bfloat16,) * 2 and not torch.compiler.is_compiling():
+        return _Bfloat16Scores.apply(hidden_states, weight)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     with torch.autocast(hidden_states.device.type, enabled=False):
         return F.linear(hidden_states.to(dtype), weight.to(dtype))

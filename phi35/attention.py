@@ -112,6 +112,7 @@ def plan_attention(
     rope_lengths: torch.Tensor | None,
     sequence_lengths: torch.Tensor | None = None,
     sequence_parallel: SequenceParallel | None = None,
+    padding_side: str | None = None,
 ) -> AttentionPlan:
     """Work out one pass.
 
@@ -128,6 +129,8 @@ def plan_attention(
             LongRoPE's factors are each sample's own; None for one sample a row.
         sequence_parallel: the s processes that share the rows, of which ``hidden_states`` is this one's stretch;
             ``sequence_lengths`` describe the whole rows.
+        padding_side: "right" where the mask pads on the right alone, so that causality keeps padding from view; what
+            padded positions give then means nothing.
 
     Raises:
         ValueError: for shapes that do not fit, a row that crosses the original length on cached short-factor keys, or
@@ -161,7 +164,8 @@ def plan_attention(
     use_long = _choose_factors(config, rope, cache, reach, length)
     cos_sin = rope(positions, use_long, hidden_states.dtype)
     if cache is None:
-        mask, is_causal = _chunk_mask(valid, length, config.sliding_window, device)
+        shown = None if padding_side == "right" else valid
+        mask, is_causal = _chunk_mask(shown, length, config.sliding_window, device)
         return AttentionPlan(cos_sin=cos_sin, mask=mask, is_causal=is_causal)
     return _plan_cached(config, cos_sin, cache, valid, slots, lengths, length)
 

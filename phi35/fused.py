@@ -54,6 +54,13 @@ def rotate_heads(
     return _RotateHeads.apply(projected, cos, sin, num_heads, num_kv_heads)
 
 
+def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A product of two matrices whose sums stay in float32, at the speed of their own dtype; without gradients."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
 def uses_kernels(tensor: torch.Tensor) -> bool:
     """Whether Triton's kernels take a tensor: on CUDA, or anywhere where Triton interprets them."""
     return (tensor.is_cuda and _triton_installed()) or _interpreted()

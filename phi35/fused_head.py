@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from phi35.fused import uses_kernels
+from phi35.fused import uses_kernels, wide_product
 from phi35.registry import resolve
 
 LOGITS_PER_CHUNK = 2**28
@@ -60,7 +60,7 @@ class _HeadLoss(torch.autograd.Function):
                 torch.mm(logits, weight, out=grad_states[part])
             if need_weight:
                 # Chunks are summed in float32: in bfloat16 the sum of many would lose the small ones.
-                product = _product(logits.mT, hidden_states[part], weight.dtype if alone else torch.float32)
+                product = (torch.mm if alone else wide_product)(logits.mT, hidden_states[part])
                 grad_weight = product if grad_weight is None else grad_weight.add_(product)
             if need_bias:
                 summed = logits.sum(dim=0, dtype=torch.float32)
@@ -79,15 +79,6 @@ class _HeadLoss(torch.autograd.Function):
         # In float32: rounded to bfloat16 the factor would give a micro-batch another weight than its tokens'.
         grads = [None if grad is None else (grad.float() * grad_loss).to(grad.dtype) for grad in ctx.saved_tensors]
         return (*grads, None)
-
-
-def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A matrix product whose sums are kept in ``dtype``."""
-    if dtype == left.dtype:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
 
 
 def _with_torch(logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, want_gradient: bool) -> torch.Tensor:

@@ -97,6 +97,7 @@ class CausalLM(nn.Module):
         return_logits: bool | None = None,
         sequence_lengths: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
+        padding_side: str | None = None,
     ) -> CausalLMOutput:
         """One pass over a chunk of T tokens.
 
@@ -117,11 +118,13 @@ class CausalLM(nn.Module):
                 lengths (zeros fill up, and what they leave of the row is padding). Each sample attends to itself
                 alone, has positions from 0, LongRoPE's factors by its own length, and no label for its first token.
             targets: (B, T) int64, labels that already stand where they are predicted, in place of ``labels``.
+            padding_side: "right" promises that ``attention_mask`` pads on the right alone: no real token sees padding
+                then, and attention needs no mask. None: on any side.
 
         Raises:
             ValueError: for inputs that contradict each other, or an unannounced LongRoPE crossing of a cached row.
         """
-        self._check_inputs(input_ids, inputs_embeds, labels, logits_to_keep)
+        self._check_inputs(input_ids, inputs_embeds, labels, logits_to_keep, padding_side)
         if labels is not None:
             targets = self._aligned(labels, targets, sequence_lengths)
         if past_key_values is not None and not isinstance(past_key_values, KVCache):
@@ -139,6 +142,7 @@ class CausalLM(nn.Module):
             pixel_values=pixel_values,
             image_sizes=image_sizes,
             rope_lengths=rope_lengths,
+            padding_side=padding_side,
             sequence_lengths=sequence_lengths,
         )
         if return_logits is None:
@@ -237,6 +241,7 @@ class CausalLM(nn.Module):
         inputs_embeds: torch.Tensor | None,
         labels: torch.Tensor | None,
         logits_to_keep: int,
+        padding_side: str | None,
     ) -> None:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids (B, T) and inputs_embeds (B, T, D)")
@@ -255,6 +260,8 @@ class CausalLM(nn.Module):
             raise ValueError(f"inputs_embeds must be {self.config.hidden_size} wide, got {tuple(given.shape)}")
         if labels is not None and labels.shape != given.shape[:2]:
             raise ValueError(f"labels must be {tuple(given.shape[:2])} like the inputs, got {tuple(labels.shape)}")
+        if padding_side not in (None, "right"):
+            raise ValueError(f"padding_side must be 'right' or None (any side), got {padding_side!r}")
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be 0 (all) or positive, got {logits_to_keep}")
 
@@ -309,6 +316,7 @@ class Decoder(nn.Module):
         image_sizes: torch.Tensor | None = None,
         rope_lengths: torch.Tensor | None = None,
         sequence_lengths: torch.Tensor | None = None,
+        padding_side: str | None = None,
     ) -> tuple[torch.Tensor, tuple[RouterOutput, ...]]:
         """Hidden states (B, T, D) after the final norm, and each sparse layer's routing."""
         if inputs_embeds is None:
@@ -329,6 +337,7 @@ class Decoder(nn.Module):
             rope_lengths,
             sequence_lengths,
             self.sequence_parallel,
+            padding_side,
         )
         router_outputs = []
         for layer in self.layers:

@@ -8,11 +8,29 @@ round-trips, and left out of ``used`` counts.
 
 from functools import partial
 
-from timm.layers import LayerNorm
+import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from phi35.config import VisionConfig
+from phi35.fused import activate
+from phi35.norm import LayerNorm
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), as CLIP has it.
+
+    Attributes:
+        fused: take it by ``phi35.fused``.
+    """
+
+    fused = False
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Any shape."""
+        if self.fused:
+            return activate(hidden_states, "quick_gelu")
+        return hidden_states * torch.sigmoid(1.702 * hidden_states)
 
 
 class ClipVisionTower(VisionTransformer):
@@ -40,7 +58,7 @@ class ClipVisionTower(VisionTransformer):
             num_classes=0,
             pre_norm=True,
             norm_layer=partial(LayerNorm, eps=config.layer_norm_eps),
-            act_layer="quick_gelu",
+            act_layer=QuickGELU,
         )
         self._last_used_block = config.num_hidden_layers - 2
         unused = (f"blocks.{config.num_hidden_layers - 1}.", "norm.")

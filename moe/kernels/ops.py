@@ -241,11 +241,12 @@ def _down_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> No
 
 def _down_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     _, rows_wanted, weights_wanted, down_wanted, *_ = ctx.needs_input_grad
-    gate_up_grad, weights_grad, down_grad = experts_down_backward(grad, *ctx.saved_tensors, ctx.hidden_act, down_wanted)
+    saved = ctx.saved_tensors  # once: under checkpointing a second look is an error
+    gate_up_grad, weights_grad, down_grad = experts_down_backward(grad, *saved, ctx.hidden_act, down_wanted)
     return (
         None,
         gate_up_grad if rows_wanted else None,
-        weights_grad.to(ctx.saved_tensors[1].dtype) if weights_wanted else None,
+        weights_grad.to(saved[1].dtype) if weights_wanted else None,
         down_grad if down_wanted else None,
         None,
         None,

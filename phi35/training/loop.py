@@ -155,8 +155,16 @@ class _Loop:
                 name: value if name in HOST_INPUTS else value.to(device, non_blocking=True)
                 for name, value in batch.items()
             }
-            taken.append(moved if expand is None else expand(moved))
+            moved = moved if expand is None else expand(moved)
+            if padded_on_right(batch.get("attention_mask")):
+                moved = {**moved, "padding_side": "right"}  # seen here, not on the device
+            taken.append(moved)
         return taken, num_tokens, work
+
+
+def padded_on_right(attention_mask: torch.Tensor | None) -> bool:
+    """Whether a mask (B, T) on the host shows no real token after a padded one."""
+    return attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
 def _sum_over_ranks(value: int, place: Environment) -> torch.Tensor | int:

@@ -56,6 +56,10 @@ def test_frozen_experts_still_pass_gradients_to_tokens(report: dict[str, Any]) -
     assert report["other"]["frozen"] < 2e-6
 
 
+def test_recomputation_under_checkpointing_gives_the_same_bits(report: dict[str, Any]) -> None:
+    assert report["other"]["checkpointed"] == 0
+
+
 def test_no_tokens_give_zero_gradients(report: dict[str, Any]) -> None:
     assert report["other"]["empty"] == 0
 

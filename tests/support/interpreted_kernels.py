@@ -11,6 +11,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+import torch.utils.checkpoint
 
 from moe.experts import loop
 from moe.kernels import decode, ops, routing
@@ -52,7 +53,7 @@ def compare(name: str) -> dict[str, float]:
     """Relative errors of the output, its four gradients, and the forward-only (small-batch) path, against the loop."""
     values, indices, act = draw(name)
     reference = [value.double().requires_grad_() for value in values]
-    mine = [value.clone().requires_grad_() for value in values]
+    mine = [value.detach().clone().requires_grad_() for value in values]
     expected = loop(reference[0], indices, *reference[1:], act)
     out = triton_kernels(mine[0], indices, *mine[1:], act)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(8)).to(out.dtype)
@@ -115,6 +116,14 @@ def frozen_and_compiled() -> dict[str, float]:
         limit, decode.MAX_TOKENS = decode.MAX_TOKENS, 0
         odd = triton_kernels(values[0], indices, values[1], *flat, act)
         decode.MAX_TOKENS = limit
+    # A layer that is computed again in backward gives the same gradients.
+    kept = [value.detach().clone().requires_grad_() for value in values]
+    torch.utils.checkpoint.checkpoint(
+        triton_kernels, kept[0], indices, *kept[1:], act, use_reentrant=False
+    ).sum().backward()
+    plain = [value.detach().clone().requires_grad_() for value in values]
+    triton_kernels(plain[0], indices, *plain[1:], act).sum().backward()
+    moved = max(float((a.grad - b.grad).abs().max()) for a, b in zip(kept, plain, strict=True))
     torch._dynamo.reset()
     compiled = torch.compile(triton_kernels, backend="aot_eager", fullgraph=True)
     again = compiled(values[0], indices, *values[1:], act)
@@ -122,6 +131,7 @@ def frozen_and_compiled() -> dict[str, float]:
     return {
         "frozen": relative(grad, expected_grad),
         "empty": zeros,
+        "checkpointed": moved,
         "odd_address": float((odd - out).detach().abs().max()),
         "compiled": float((again - out).abs().max()),
         "compiled_grad": float((again_grad - grad).abs().max()),
