@@ -7,7 +7,8 @@
 
 Each case is a process of its own with a time limit; one that fails is named and the others go on. A step is forward,
 backward, clipping by the global norm and the update, on fresh random tokens; medians after warm-up, by events on the
-device. MFU divides by 989 TFLOP/s and does not count recomputation; "strict" also leaves the looked-up embeddings out.
+device. MFU divides by 989 TFLOP/s and counts 6 x active parameters x tokens and causal attention, never recomputation;
+"strict" leaves the looked-up embeddings out (phi35/training/flops.py).
 Prints a table and, last, one JSON line.
 """
 
@@ -134,10 +135,12 @@ def child(name: str, arguments: argparse.Namespace) -> None:
     case = CASES[name] if gpu and not arguments.tiny else small(CASES[name])
     result: dict[str, Any] = {"case": name}
     try:
-        if name == "check":
-            result["errors"] = check(torch.device("cuda", 0) if gpu else torch.device("cpu"))
+        device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+        if name.startswith("check"):
+            forms = ("compiled",) if CASES[name].settings else ("plain", "fused", "selective")
+            result["errors"] = check(device, forms)
         else:
-            result |= measure(case, arguments, torch.device("cuda", 0) if gpu else torch.device("cpu"))
+            result |= measure(case, arguments, device)
     except Exception as error:
         traceback.print_exc(limit=6)
         result["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
@@ -145,8 +148,8 @@ def child(name: str, arguments: argparse.Namespace) -> None:
     os._exit(0)  # process groups need no farewell here
 
 
-def check(device: Any) -> dict[str, dict[str, dict[str, float]]]:
-    """Errors of loss and gradients against the plain model in float32: bfloat16 plain, fused, selective, compiled."""
+def check(device: Any, forms: tuple[str, ...]) -> dict[str, dict[str, dict[str, float]]]:
+    """Errors of loss and gradients against the plain model in float32: in bfloat16 and each form."""
     import torch
     from train_step_cases import CHECKED
 
@@ -159,7 +162,7 @@ def check(device: Any) -> dict[str, dict[str, dict[str, float]]]:
         ids = torch.randint(3, 1000, (2, 64 if tiny else 1024), generator=torch.Generator().manual_seed(1)).to(device)
         wanted: dict[str, Any] = {}
         report[preset] = {}
-        for form in ("float32", "plain", "fused", "selective", *(("compiled",) if not tiny else ())):
+        for form in ("float32", *forms):
             model = create(f"tiny-{preset}" if tiny else preset, device=device, dtype="bfloat16", seed=0, **changes)
             model.train().to(torch.float32 if form == "float32" else torch.bfloat16)
             fuse(model, form in ("fused", "selective"))
@@ -270,14 +273,13 @@ class Marks:
         return spans
 
 
-def build_ours(case: Any, device: Any, marks: Marks) -> tuple[Callable[[list[dict[str, Any]]], Any], int]:
+def build_ours(case: Any, device: Any, marks: Marks) -> tuple[Callable[[list[Any]], Any], int]:
     """A step of ``Engine``, with marks between its phases."""
     from phi35.loading import create
     from phi35.parameter_count import count_parameters
     from phi35.training import engine as engines
     from phi35.training.config import TrainingConfig
     from phi35.training.environment import start as join
-    from phi35.training.loss import count_label_tokens
     from phi35.training.parameter_groups import freeze_parameters
 
     place = join(device.type)
@@ -304,10 +306,8 @@ def build_ours(case: Any, device: Any, marks: Marks) -> tuple[Callable[[list[dic
     engine.deepspeed.step = marked(update, "update", marks)
     num_steps = iter(range(10_000))
 
-    def step(batches: list[dict[str, Any]]) -> Any:
-        counts = [batch["labels"][:, 1:].numel() for batch in batches]
-        if case.images:
-            counts = [count_label_tokens(batch["labels"].cpu()) for batch in batches]
+    def step(drawn: list[tuple[dict[str, Any], int]]) -> Any:
+        batches, counts = [batch for batch, _ in drawn], [count for _, count in drawn]
         engine.set_learning_rate(next(num_steps))
         return engine.step(batches, counts, sum(counts)).loss
 
@@ -325,7 +325,7 @@ def marked(function: Callable[..., Any], name: str, marks: Marks) -> Callable[..
     return run
 
 
-def build_theirs(case: Any, device: Any, marks: Marks) -> tuple[Callable[[list[dict[str, Any]]], Any], int]:
+def build_theirs(case: Any, device: Any, marks: Marks) -> tuple[Callable[[list[Any]], Any], int]:
     """A step of a plain loop over transformers' model."""
     import torch
     from train_step_cases import build_transformers
@@ -335,10 +335,10 @@ def build_theirs(case: Any, device: Any, marks: Marks) -> tuple[Callable[[list[d
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
-    def step(batches: list[dict[str, Any]]) -> Any:
+    def step(drawn: list[tuple[dict[str, Any], int]]) -> Any:
         total = 0.0
-        for batch in batches:
-            loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss / len(batches)
+        for batch, _ in drawn:
+            loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss / len(drawn)
             marks.add("forward")
             loss.backward()
             marks.add("backward")

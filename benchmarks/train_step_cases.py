@@ -14,7 +14,8 @@ from torch import nn
 
 from phi35 import presets
 from phi35.config import ModelConfig
-from phi35.parameter_count import count_parameters
+from phi35.training.flops import TrainingFlops, Work, visible_pairs
+from phi35.training.loss import count_label_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +59,14 @@ CASES: dict[str, Case] = {
     # What the project claims, beside its peers.
     "mini": Case(group="mini"),
     "check": Case(group="check"),
+    "check compiled": Case(group="check parts", settings={"compile": True}),
     "mini transformers": Case(group="mini", side="transformers", settings={"gradient_checkpointing": True}),
     "mini transformers+liger": Case(
         group="mini", side="transformers", settings={"gradient_checkpointing": True, "liger": True}
     ),
     "mini transformers+liger kept": Case(group="mini", side="transformers", rows=2, settings={"liger": True}),
     "moe-8": Case(group="moe-8", **_MOE, settings=_STATES16),
+    "moe-8 x2": Case(group="moe-8", **_MOE, rows=2, settings=_STATES16),
     "moe-8 transformers": Case(group="moe-8", **_MOE, side="transformers", rows=2),
     "moe-5": Case(group="moe-5", preset="phi-3.5-moe", changes={"num_hidden_layers": 5}),
     "vision": Case(
@@ -100,7 +103,6 @@ CASES: dict[str, Case] = {
     "mini x8 in two": Case(group="mini parts", micro_batches=2),
     "mini bfloat16 states": Case(group="mini parts", settings=_STATES16),
     "moe-8 compile": Case(group="moe-8 parts", **_MOE, settings={**_STATES16, "compile": True}),
-    "moe-8 x2": Case(group="moe-8 parts", **_MOE, rows=2, settings=_STATES16),
     "vision x4 kept": Case(group="vision parts", preset="phi-3.5-vision", rows=4, length=2048, images=2),
     "vision compile": Case(
         group="vision parts", preset="phi-3.5-vision", rows=4, length=2048, images=2, settings={"compile": True}
@@ -139,34 +141,19 @@ def flops_per_step(case: Case) -> dict[str, float]:
     """Operations of a step; recomputation is not counted.
 
     Returns:
-        "counted": 6 x active parameters x tokens + causal attention, as the peers' rates in docs are (the token
-        embeddings count although they are looked up); "strict": without them.
+        "strict": as ``phi35.training.flops`` counts them; "counted": with 6 for each of the token embeddings, as the
+        published 6 x parameters x tokens has it, though a look-up costs nothing.
     """
-    config = case.model_config
-    text = config.replace(vision=None) if config.vision is not None else config
-    tokens = case.rows * case.length * case.micro_batches
-    heads = config.num_attention_heads * config.attention_head_dim
-    attention = 6.0 * config.num_hidden_layers * heads * case.length * tokens
-    active = count_parameters(text).active
-    backward = 3.0
-    if "experts" in case.settings.get("freeze", ()):
-        # No gradient of the experts' weights: two products of three.
-        experts = 3 * config.hidden_size * config.intermediate_size * config.num_experts_per_tok
-        attention -= 2.0 * experts * config.num_hidden_layers * tokens
-    embedding = config.vocab_size * config.hidden_size
-    images = 0.0
-    if config.vision is not None:
-        vision = config.vision
-        crops = case.images * case.rows * case.micro_batches * 5
-        patches = vision.grid_size**2 + 1
-        width, blocks = vision.hidden_size, vision.num_hidden_layers - 1
-        matrices = blocks * (4 * width**2 + 2 * width * vision.intermediate_size)
-        images = crops * patches * (2 * backward * matrices + 4 * backward * blocks * width * patches)
-        images += crops * patches * 4.0 * 3 * vision.patch_size**2 * width
-        features = case.images * case.rows * case.micro_batches * image_tokens(config)
-        images += features * 2 * backward * (4 * width * config.hidden_size + config.hidden_size**2)
-    strict = 2 * backward * (active - embedding) * tokens + attention + images
-    return {"counted": strict + 2 * backward * embedding * tokens, "strict": strict}
+    config, rows = case.model_config, case.rows * case.micro_batches
+    pictures = case.images * rows
+    work = Work(
+        tokens=rows * case.length,
+        attention_pairs=rows * visible_pairs(case.length, config.sliding_window),
+        crops=5 * pictures,
+        image_tokens=image_tokens(config) * pictures if pictures else 0,
+    )
+    strict = TrainingFlops(config, case.settings.get("freeze", ()))(work)
+    return {"strict": strict, "counted": strict + 6.0 * config.vocab_size * config.hidden_size * work.tokens}
 
 
 def image_tokens(config: ModelConfig) -> int:
@@ -176,8 +163,8 @@ def image_tokens(config: ModelConfig) -> int:
     return 5 * merged**2 + 1 + 3 * merged
 
 
-def draw_batch(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One micro-batch: random ids, every token a label; pictures of noise at the front of each row."""
+def draw_batch(case: Case, device: torch.device, generator: torch.Generator) -> tuple[dict[str, torch.Tensor], int]:
+    """One micro-batch and its labels' number: random ids, all of them labels; pictures of noise in front of them."""
     config = case.model_config
     shape = (case.rows, case.length)
     input_ids = torch.randint(3, min(1000, config.vocab_size), shape, generator=generator)
@@ -192,7 +179,8 @@ def draw_batch(case: Case, device: torch.device, generator: torch.Generator) -> 
         num_crops = 5 * case.images * case.rows
         batch["pixel_values"] = torch.randn(num_crops, 3, side, side, generator=generator).to(device)
         batch["image_sizes"] = torch.tensor([[2 * side, 2 * side]] * (case.images * case.rows))
-    return {"input_ids": input_ids.to(device), "labels": labels.to(device), **batch}
+    count = count_label_tokens(labels)
+    return {"input_ids": input_ids.to(device), "labels": labels.to(device), **batch}, count
 
 
 def build_transformers(case: Case, device: torch.device) -> nn.Module:
