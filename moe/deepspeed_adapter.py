@@ -51,10 +51,19 @@ def expert_data_group(name: str) -> "ProcessGroup":
 
 @functools.cache
 def recognised_class(*bases: type[nn.Module]) -> type[nn.Module]:
-    """A class made of ``bases`` that DeepSpeed takes for a sparse layer of its own."""
+    """A class made of ``bases`` that DeepSpeed takes for a sparse layer of its own.
+
+    For layers whose experts are trained: ZeRO refuses a model with such layers and no expert to optimize.
+    """
     from deepspeed.moe.layer import MoE
 
     return type(f"ExpertParallel{bases[-1].__name__}", (_StandingGroups, *bases, MoE), {})
+
+
+@functools.cache
+def plain_class(*bases: type[nn.Module]) -> type[nn.Module]:
+    """The same class for layers whose experts are frozen, which DeepSpeed need not see."""
+    return type(f"ExpertParallel{bases[-1].__name__}", bases, {})
 
 
 class _StandingGroups:

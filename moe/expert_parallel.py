@@ -64,7 +64,8 @@ def shard(model: nn.Module, ep_size: int, num_chunks: int | None = None) -> nn.M
     Call it on every process, with equal weights, after ``deepspeed.init_distributed`` and before
     ``deepspeed.initialize``. The full expert tensors must be at hand (or on the meta device); each is replaced by
     this process's slice, a new parameter with ``expert_shard = (first expert, E)``, ``allreduce = False`` and
-    ``group_name``, which DeepSpeed and the checkpoints read.
+    ``group_name``, which DeepSpeed and the checkpoints read. Freeze experts before: DeepSpeed is shown layers whose
+    experts are trained alone.
 
     Args:
         model: holds the layers; may be one.
@@ -225,7 +226,9 @@ def _shard_layer(layer: SparseMoE, group_name: str, num_chunks: int | None) -> N
     sharded: Any = layer
     if "num_experts" in vars(layer.experts):
         sharded.experts.num_experts = num_local_experts
-    sharded.__class__ = deepspeed_adapter.recognised_class(_ExpertExchange, sharded.__class__)
+    trained = any(parameter.requires_grad for parameter in layer.experts.parameters())
+    make_class = deepspeed_adapter.recognised_class if trained else deepspeed_adapter.plain_class
+    sharded.__class__ = make_class(_ExpertExchange, sharded.__class__)
     sharded.ep_size = ep_size
     sharded.num_local_experts = num_local_experts
     sharded.expert_group_name = group_name

@@ -15,6 +15,7 @@ from phi35.training.config import TrainingConfig
 from phi35.training.deepspeed_config import handed_over, merge, to_deepspeed
 from phi35.training.environment import Environment
 from phi35.training.flat_layout import pieces_of
+from phi35.training.gradient_sum import sum_gradients
 from phi35.training.loss import auxiliary_losses
 from phi35.training.mixed_precision import MixedPrecisionAdamW, build_optimizer
 from phi35.training.optimizers import MuonWithAdamW, OverMasters
@@ -92,8 +93,7 @@ class Engine:
             self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self.deepspeed.clip_fp32_gradients = self._clip
             self.deepspeed.zero_grad = self._zero_grad
-            if environment.world_size == 1:
-                self.deepspeed.enable_backward_allreduce = False  # it would copy every gradient twice
+            self.deepspeed.enable_backward_allreduce = False  # it would copy every gradient twice
         self._peaks = part_rates(model, config)
         self.learning_rates = dict(self._peaks)
         self.balancer = BiasBalancer(model, config.router_bias_update_rate, environment.world_size)
@@ -146,7 +146,11 @@ class Engine:
                 for name, value in losses.items():
                     objective = objective + value * (weights[name] / count)
                     auxiliary[name] = auxiliary.get(name, 0.0) + value.detach() / count
+                if config.zero_stage == 0:
+                    objective = objective / world_size  # gradients are added, not averaged
                 self.deepspeed.backward(objective, scale_wrt_gas=False)
+            if config.zero_stage == 0 and world_size > 1 and self.deepspeed.is_gradient_accumulation_boundary():
+                sum_gradients(self._trained)
             self.deepspeed.step()
             total = share.detach() if total is None else total + share.detach()
             outputs.append(_detached(output))
