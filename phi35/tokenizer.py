@@ -91,6 +91,11 @@ class Tokenizer:
         sentencepiece = sentencepiece_path.read_bytes() if sentencepiece_path.is_file() else None
         return cls(definition, settings, template, special_tokens_map, sentencepiece)
 
+    def with_settings(self, **changes: Any) -> "Tokenizer":
+        """The same tokenizer with other entries of ``tokenizer_config.json``."""
+        settings = {**self.settings, **changes}
+        return Tokenizer(self.definition, settings, self.chat_template, self._special_tokens_map, self._sentencepiece)
+
     @property
     def vocab_size(self) -> int:
         """Number of ids the tokenizer knows; a model's table may be larger."""
