@@ -1,0 +1,122 @@
+"""Whole captured steps: their error, and their time by several shapes of the kernels' programs."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+import phi35
+from phi35 import presets
+from phi35.config import ModelConfig
+from phi35.generation.fast_step import DecodeStep
+from phi35.kernels.configs import VectorConfig
+from phi35.kernels.tuning import DEFAULT, StepTuning
+
+FIELDS = {
+    "qkv": "qkv",
+    "o_proj": "short_add",
+    "down": "long_add",
+    "gate_up": "gate_up",
+    "logits": "logits",
+    "expert_gate_up": "expert_gate_up",
+    "expert_down": "expert_down",
+}
+"""Kernels of ``decode_kernels`` and the fields of ``StepTuning`` that they choose."""
+
+
+def step_bytes(config: ModelConfig, length: float, batch: int = 1) -> float:
+    """Bytes that a step reads: weights but the embedding, and keys and values of ``length`` tokens a row.
+
+    Of a sparse layer the chosen experts count: of a batch the expected number of different ones.
+    """
+    layers = phi35.create(config, device="meta", dtype="bfloat16").model.layers
+    total = float(config.vocab_size * config.hidden_size)
+    chosen = 1.0
+    if config.is_sparse:
+        chosen = 1 - (1 - config.num_experts_per_tok / config.num_local_experts) ** batch
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            total += parameter.numel() * (chosen if ".experts." in name else 1.0)
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.attention_head_dim
+    return 2 * (total + batch * kv * length)
+
+
+def best_tuning(kernels: list[dict[str, Any]], model: str) -> StepTuning:
+    """The fastest right shapes of the kernels' table."""
+    found: dict[str, Any] = {}
+    for kernel, name in FIELDS.items():
+        rows = [row for row in kernels if (row["model"], row["kernel"]) == (model, kernel)]
+        rows = [row for row in rows if row.get("pdl") and row.get("error", 1) < 0.02]
+        if rows:
+            best = min(rows, key=lambda row: row["us"])
+            found[name] = VectorConfig(*map(int, best["config"].split()))
+    return StepTuning(**found)
+
+
+def time_steps(model: str, preset: str, kernels: list[dict[str, Any]], copy_rate: float) -> list[dict[str, Any]]:
+    """Captured steps of one row at 384 tokens in the cache: by the table, by the best found, without early launch."""
+    loaded = phi35.create(preset, device="cuda", dtype="bfloat16", seed=0)
+    bound = 1e12 * copy_rate / step_bytes(loaded.config, 384)
+    tunings = [("table", DEFAULT, True), ("table, no pdl", DEFAULT, False)]
+    if kernels:
+        tunings.append(("best found", best_tuning(kernels, model), True))
+    rows = []
+    for name, tuning, pdl in tunings:
+        cache = loaded.new_cache(1, 1024)
+        step = DecodeStep(loaded, cache, tuning=tuning, pdl=pdl)
+        step.state.lengths.fill_(384 - 64)
+        start = time.perf_counter()
+        step.capture()
+        captured = time.perf_counter() - start
+        spent = statistics.median(step_times(step)[16:])
+        rate = 1e3 / spent
+        row = {"model": model, "step": name, "ms": spent, "tokens_per_s": rate, "bound": bound}
+        rows.append(row | {"of_bound": rate / bound, "capture_s": captured, "tuning": str(tuning)})
+        print(
+            f"{model}: step ({name}) {spent:.3f} ms, {rate:.1f} tokens/s, {100 * rate / bound:.1f} % of {bound:.1f}; "
+            f"warm-up and capture {captured:.2f} s",
+            flush=True,
+        )
+        del step, cache
+    return rows
+
+
+def step_times(step: DecodeStep, count: int = 128) -> list[float]:
+    """Milliseconds of replays that follow each other."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step.run()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(events[:-1], events[1:], strict=True)]
+
+
+@torch.no_grad()
+def check_steps(model: str, preset: str) -> dict[str, Any]:
+    """Relative errors of bfloat16 logits over 2 layers against float32: the captured step and the plain path."""
+    config = presets.get(preset).replace(num_hidden_layers=2)
+    narrow = phi35.create(config, device="cuda", dtype="bfloat16", seed=1)
+    wide = phi35.create(config, device="cuda", dtype="float32")
+    wide.load_state_dict(narrow.state_dict())
+    row: dict[str, Any] = {"model": model}
+    for batch in (1, 3):
+        ids = torch.randint(5, 30000, (batch, 160), device="cuda")
+        expected = wide(ids).logits[:, 100:]
+        caches = [narrow.new_cache(batch, 256) for _ in range(2)]
+        for cache in caches:
+            narrow(ids[:, :100], past_key_values=cache)
+        step = DecodeStep(narrow, caches[0])
+        step.capture()
+        mine, plain = [], []
+        for place in range(100, 160):
+            step.state.tokens.copy_(ids[:, place])
+            step.run()
+            mine.append(step.logits.clone())
+            plain.append(narrow(ids[:, place : place + 1], past_key_values=caches[1]).logits[:, 0].float())
+        for name, found in (("step", mine), ("plain", plain)):
+            row[f"{name} {batch}"] = float((torch.stack(found, dim=1) - expected).norm() / expected.norm())
+    shown = ", ".join(f"{name} {value:.2e}" for name, value in row.items() if name != "model")
+    print(f"{model}: logits against float32, two layers: {shown}", flush=True)
+    return row

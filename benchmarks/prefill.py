@@ -1,0 +1,167 @@
+"""Reading prompts on one GPU: time to the first token beside transformers and beside the dense matrix rate.
+
+    python benchmarks/prefill.py                    # the table of docs/inference.md
+    python benchmarks/prefill.py --parts            # and where the time of one prompt goes
+
+bfloat16, random weights drawn on the device, one prompt of random tokens, warm. Operations are twice the active
+parameters (the embedding left out, the head once) times the tokens; attention is not counted, as in the issue's bars.
+The bound is the rate of a square matrix product of 8,192. Long prompts run in chunks; their peak memory is shown.
+Prints a table and, last, one JSON line.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import moe_layer  # noqa: E402
+import transformers_peer  # noqa: E402
+from decode import PRESETS, SMALL, attempt, build  # noqa: E402
+
+from phi35 import presets  # noqa: E402
+from phi35.config import ModelConfig  # noqa: E402
+from phi35.generation import fast_prefill  # noqa: E402
+from phi35.generation.fast_prefill import Prompt, prefill  # noqa: E402
+from phi35.parameter_count import count_parameters  # noqa: E402
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["mini", "moe"], choices=list(PRESETS))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 131000])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[fast_prefill.CHUNK_SIZE])
+    parser.add_argument("--peer-lengths", type=int, nargs="+", default=[4096])
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--parts", action="store_true", help="profile one prompt of each model")
+    parser.add_argument("--small", action="store_true", help="tiny models: shows that it runs, on a CPU too")
+    parser.add_argument("--commit", help="recorded in the result (default: asked of git)")
+    parser.add_argument("--output", type=Path, help="write the JSON there too")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not arguments.small:
+        raise SystemExit("no CUDA device is visible; --small runs tiny models on the CPU")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    record: dict[str, Any] = {"environment": moe_layer.environment(device, arguments.commit)}
+    record["environment"]["command"] = " ".join(["python", "benchmarks/prefill.py", *sys.argv[1:]])
+    size = 512 if device.type == "cpu" else 8192
+    record["dense_tflops"] = moe_layer.dense_rate(size, device, dtype, 15)
+    print(f"{record['environment']['device']}: dense {record['dense_tflops']:.1f} TFLOP/s", flush=True)
+    names = SMALL if arguments.small else PRESETS
+    for model in arguments.models:
+        run(record, arguments, model, names[model], device)
+    record["dense_tflops_after"] = moe_layer.dense_rate(size, device, dtype, 15)
+    report(record)
+    line = json.dumps(record)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(line)
+
+
+def run(record: dict[str, Any], arguments: argparse.Namespace, model: str, preset: str, device: torch.device) -> None:
+    """All lengths of one model, ours and transformers'."""
+    sides = ["ours"] if arguments.no_peer else ["ours", "transformers"]
+    for side in sides:
+        built = attempt(record, f"{model} {side}", lambda: build(side, preset, device))
+        if built is None:
+            continue
+        for length in arguments.lengths if side == "ours" else arguments.peer_lengths:
+            length = min(length, 300) if arguments.small else length
+            for chunk in arguments.chunks if side == "ours" else [0]:
+                name = f"{model} {length} {side}"
+                attempt(record, name, lambda n=length, c=chunk: time_prompt(record, model, side, built, n, c, device))
+        if side == "ours" and arguments.parts:
+            attempt(record, f"{model} parts", lambda: {"parts": parts(built, 4096, device), "model": model})
+        del built
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def flops(config: ModelConfig, tokens: int) -> float:
+    """Operations of a prompt's products, attention left out and the head at its last token alone."""
+    active = count_parameters(config).active
+    table = config.vocab_size * config.hidden_size
+    return 2.0 * tokens * (active - 2 * table) + 2.0 * table
+
+
+def time_prompt(
+    record: dict[str, Any], model: str, side: str, built: Any, length: int, chunk: int, device: torch.device
+) -> dict[str, Any]:
+    """One length of one side."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, min(built.config.vocab_size, 30000) - 64, (1, length), generator=generator)
+    rounds = 7 if length <= 16384 else 2
+    row: dict[str, Any] = {"model": model, "side": side, "length": length, "chunk": chunk}
+    if side == "transformers":
+        spent = transformers_peer.prefill_time(built, ids.to(device), rounds)
+        counted = presets.get(PRESETS[model]) if device.type == "cuda" else presets.get(SMALL[model])
+    else:
+        spent, counted = ours(built, ids[0].tolist(), chunk, rounds, device, row), built.config
+    row |= {"ms": 1e3 * spent, "tflops": flops(counted, length) / spent / 1e12}
+    row["of_dense"] = row["tflops"] / record["dense_tflops"]
+    print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
+    return row
+
+
+def ours(model: Any, ids: list[int], chunk: int, rounds: int, device: torch.device, row: dict[str, Any]) -> float:
+    """Median seconds from the ids on the host to the last token's logits."""
+    cache = model.new_cache(1, len(ids))
+    long = len(ids) > model.config.original_max_position_embeddings
+    prompts = [Prompt(ids, None, 0, long)]
+    times = []
+    for turn in range(rounds + 1):
+        if turn == 1 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        transformers_peer.synchronise()
+        start = time.perf_counter()
+        prefill(model, cache, prompts, chunk, plain=device.type == "cpu")
+        transformers_peer.synchronise()
+        if turn:
+            times.append(time.perf_counter() - start)
+    if device.type == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["cache_gib"] = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values)) / 2**30
+    return statistics.median(times)
+
+
+def parts(model: Any, length: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of each kind of kernel in one prompt."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cache, prompts = model.new_cache(1, length), [Prompt(list(range(5, 5 + length)), None, 0, False)]
+    prefill(model, cache, prompts)
+    with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as found:
+        prefill(model, cache, prompts)
+        transformers_peer.synchronise()
+    times = {event.key: event.self_device_time_total / 1e3 for event in found.key_averages()}
+    top = dict(sorted(times.items(), key=lambda item: -item[1])[:16])
+    for name, spent in top.items():
+        print(f"  {spent:9.3f} ms  {name[:110]}", flush=True)
+    return top
+
+
+def report(record: dict[str, Any]) -> None:
+    """The table."""
+    rows = record.get("rows", [])
+    print(f"{'model':8s}{'tokens':>8s}{'chunk':>8s}{'ms':>10s}{'TFLOP/s':>9s}{'of dense':>10s}{'peak GiB':>10s}   side")
+    for row in (row for row in rows if "ms" in row):
+        print(
+            f"{row['model']:8s}{row['length']:8d}{row['chunk']:8d}{row['ms']:10.2f}{row['tflops']:9.1f}"
+            f"{100 * row['of_dense']:9.1f}%{row.get('peak_gib', 0):10.1f}   {row['side']}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
