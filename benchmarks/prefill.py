@@ -5,7 +5,7 @@
 
 bfloat16, random weights drawn on the device, one prompt of random tokens, warm. Operations are counted as usual, twice
 the active parameters times the tokens and no attention; "needed" leaves out the embedding, and the head but for the
-last token. The bound is the rate of a square matrix product of 8,192. Long prompts run in chunks; their peak memory is shown.
+last token. The bound is the rate of a square matrix product of 8,192. Long prompts run in chunks; peak memory is shown.
 Prints a table and, last, one JSON line.
 """
 
@@ -148,12 +148,14 @@ def parts(model: Any, length: int, device: torch.device) -> dict[str, float]:
     """Milliseconds of each kind of kernel in one prompt."""
     from torch.profiler import ProfilerActivity, profile
 
-    cache, prompts = model.new_cache(1, length), [Prompt(list(range(5, 5 + length)), None, 0, False)]
-    prefill(model, cache, prompts)
+    cache, ids = model.new_cache(1, length), [5 + place % 1000 for place in range(length)]
+    prompts, plain = [Prompt(ids, None, 0, False)], device.type == "cpu"
+    prefill(model, cache, prompts, plain=plain)
     with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as found:
-        prefill(model, cache, prompts)
+        prefill(model, cache, prompts, plain=plain)
         transformers_peer.synchronise()
-    times = {event.key: event.self_device_time_total / 1e3 for event in found.key_averages()}
+    kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, kind) / 1e3 for event in found.key_averages()}
     top = dict(sorted(times.items(), key=lambda item: -item[1])[:16])
     for name, spent in top.items():
         print(f"  {spent:9.3f} ms  {name[:110]}", flush=True)
@@ -164,12 +166,14 @@ def report(record: dict[str, Any]) -> None:
     """The table."""
     rows = record.get("rows", [])
     print(
-        f"{'model':8s}{'tokens':>8s}{'chunk':>8s}{'ms':>10s}{'TFLOP/s':>9s}{'of dense':>10s}{'needed':>8s}{'GiB':>7s}   side"
+        f"{'model':8s}{'tokens':>8s}{'chunk':>8s}{'ms':>10s}{'TFLOP/s':>9s}{'of dense':>10s}{'needed':>8s}{'GiB':>7s}"
+        "   side"
     )
     for row in (row for row in rows if "ms" in row):
         print(
             f"{row['model']:8s}{row['length']:8d}{row['chunk']:8d}{row['ms']:10.2f}{row['tflops']:9.1f}"
-            f"{100 * row['of_dense']:9.1f}%{100 * row['needed_of_dense']:7.1f}%{row.get('peak_gib', 0):7.1f}   {row['side']}",
+            f"{100 * row['of_dense']:9.1f}%{100 * row['needed_of_dense']:7.1f}%{row.get('peak_gib', 0):7.1f}"
+            f"   {row['side']}",
             flush=True,
         )
 
