@@ -275,9 +275,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Whole numbers (..., n) below 2^bits as int32 words (..., n * bits / 32), the first in the lowest bits."""
     values = codes.to(torch.uint8)
     if bits == 4:
-        pairs = values.view(*values.shape[:-1], -1, 2) if values.is_contiguous() else values.unflatten(-1, (-1, 2))
+        pairs = values.unflatten(-1, (-1, 2))
         values = pairs[..., 0] | (pairs[..., 1] << 4)
-    return values.contiguous().view(torch.int32)
+    # Flat, because torch looks at the strides of dimensions of size 1, too.
+    return values.reshape(-1).view(torch.int32).view(*codes.shape[:-1], -1)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -60,6 +60,13 @@ class WeightFormat:
         return KINDS[self.type, self.bits]
 
     @property
+    def label(self) -> str:
+        """A short name for tables, such as "int4 g128"."""
+        group = "row" if self.group_size is None else f"g{self.group_size}"
+        marks = ("zero points" * (not self.symmetric), "byte scales" * (self.scale_bits == 8))
+        return " ".join((self.kind, group, *filter(None, marks)))
+
+    @property
     def per_word(self) -> int:
         """Codes per int32."""
         return 32 // self.bits
@@ -130,9 +137,7 @@ class QuantizationConfig:
     @property
     def label(self) -> str:
         """A short name for tables, such as "int4 g128"."""
-        first = next(iter(self.formats.values()))
-        group = "row" if first.group_size is None else f"g{first.group_size}"
-        return " ".join((first.kind, group, *(() if first.symmetric else ("zero points",))))
+        return next(iter(self.formats.values())).label
 
 
 _TARGETS = {

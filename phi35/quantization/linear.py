@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from phi35.quantization.codes import QuantizedTensor, dequantize
+from phi35.quantization.cpu import native
 
 BLOCK_VALUES = 2**22
 """Weights that the plain way restores at once."""
@@ -57,6 +58,8 @@ def quantized_embedding(input_ids: torch.Tensor, weight: QuantizedTensor, dtype:
 
 def product(hidden_states: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(N, columns) times a quantized weight (rows, columns), without gradients."""
+    if hidden_states.shape[0] <= native.MAX_TOKENS and native.takes(hidden_states.dtype, weight):
+        return native.product(hidden_states, weight, bias)
     return plain_product(hidden_states, weight, bias)
 
 
@@ -69,9 +72,15 @@ def plain_product(
     step = _block(rows, columns, weight.format.per_word)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        part = dequantize(weight.rows(start, stop), hidden_states.dtype)
+        part = _restored(weight, start, stop, hidden_states.dtype)
         out[:, start:stop] = F.linear(hidden_states, part, None if bias is None else bias[start:stop])
     return out
+
+
+def _restored(weight: QuantizedTensor, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    if native.takes(dtype, weight):
+        return native.restore(weight, start, stop, dtype)
+    return dequantize(weight.rows(start, stop), dtype)
 
 
 def _block(rows: int, columns: int, multiple: int) -> int:
@@ -94,6 +103,6 @@ class _Product(torch.autograd.Function):
         total = torch.zeros((grad.shape[0], columns), dtype=torch.float32, device=grad.device)
         step = _block(rows, columns, weight.format.per_word)
         for start in range(0, rows, step):
-            part = dequantize(weight.rows(start, start + step), grad.dtype)
+            part = _restored(weight, start, min(start + step, rows), grad.dtype)
             total += grad[:, start : start + step] @ part
         return total.to(grad.dtype), None

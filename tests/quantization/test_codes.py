@@ -136,14 +136,17 @@ def test_products_and_rows_are_those_of_the_restored_weight(name: str) -> None:
     bias = torch.randn(64)
     out = quantized_linear(hidden, quantized, bias)
     expected = torch.nn.functional.linear(hidden, restored, bias)
-    # Measured: at most 1.2e-6.
-    assert float((out - expected).detach().abs().max()) < 5e-6
+    # Measured: at most 3.1e-5; the CPU's kernel rounds activations to 16 bits.
+    assert float((out - expected).detach().abs().max()) < 1e-4
     upstream = torch.randn_like(expected)
     (grad,) = torch.autograd.grad(out, hidden, upstream)
     (wanted,) = torch.autograd.grad(expected, hidden, upstream)
     assert float((grad - wanted).abs().max()) < 5e-6
     with torch.no_grad():
-        assert float((quantized_linear(hidden, quantized, bias) - expected).abs().max()) < 5e-6
+        assert float((quantized_linear(hidden, quantized, bias) - out).abs().max()) < 1e-6
+        exact = plain_product(hidden.view(6, 256), quantized, bias).view_as(expected)
+    # Measured: at most 1.2e-6.
+    assert float((exact - expected.detach()).abs().max()) < 5e-6
     ids = torch.tensor([[0, 5, 63], [63, 17, 3]])
     assert torch.equal(quantized_embedding(ids, quantized, torch.float32), restored[ids])
 

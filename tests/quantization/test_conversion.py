@@ -96,7 +96,7 @@ def test_streamed_folder_equals_the_rounded_model_and_round_trips(
 @pytest.mark.filterwarnings("ignore:.*has no tokenizer")
 @pytest.mark.parametrize("case", ["dense, all", "sparse", "vision"])
 def test_quantized_model_computes_what_its_restored_weights_compute(
-    case: str, sources: dict[str, Path], tmp_path: Path
+    case: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preset, quantization = CASES[case]
     quantize(sources[preset], tmp_path, quantization)
@@ -114,9 +114,12 @@ def test_quantized_model_computes_what_its_restored_weights_compute(
         batch["input_ids"] = torch.cat([ids[:, :1], torch.full((2, 41), -1), ids[:, 1:]], dim=1)
         batch["pixel_values"], batch["image_sizes"] = torch.randn(4, 3, 64, 64), torch.tensor([[64, 64]] * 2)
     with torch.no_grad():
-        ours, theirs = model(**batch), reference(**batch)
-    # Measured: at most 4e-7 at a standard deviation of 0.16.
+        by_kernel, theirs = model(**batch), reference(**batch)
+        monkeypatch.setattr("phi35.quantization.cpu.native.MAX_TOKENS", 0)
+        ours = model(**batch)
+    # Measured: at most 4e-7 at a standard deviation of 0.16; with the CPU's kernel 4e-6.
     assert float((ours.logits - theirs.logits).abs().max()) < 2e-6
+    assert float((by_kernel.logits - theirs.logits).abs().max()) < 2e-5
     for mine, other in zip(ours.router_outputs, theirs.router_outputs, strict=True):
         assert torch.equal(mine.expert_indices, other.expert_indices)
     labels = batch["input_ids"].clamp(min=0)

@@ -1,0 +1,398 @@
+/* Products of a few activation rows with weights in 4 or 8 bits, read once in their stored layout.
+ *
+ * Activations are turned into 16-bit integers, block by block: a block is a weight group, or BLOCK columns where a row
+ * has one scale. Sums within a block are then exact integers; each is multiplied by the block's two scales in float32.
+ * The rounding of an activation is at most 2^-16 of the largest of its block, less than that of bfloat16.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define X86 1
+#endif
+
+#define BLOCK 128
+#define LEVELS 32767.0f
+#define ROWS_AT_ONCE 4
+#define ROWS_PER_TASK 16
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, UINT8 = 3 };
+enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
+typedef struct {
+    const uint8_t *codes;   /* (rows, columns * bits / 8) */
+    const void *scale;      /* (rows, groups), of scale_kind */
+    const float *row_scale; /* (rows) or NULL */
+    const int32_t *zeros;   /* (rows * bits / 32, groups) or NULL: the middle code */
+    int64_t rows, columns, groups;
+    int32_t bits, scale_kind;
+} Weight;
+
+typedef struct {
+    int64_t blocks, block_bytes, row_bytes, unit; /* bytes of codes; unit: bytes that one step takes */
+    int64_t stride;                               /* int16 numbers of one token */
+    int16_t *numbers;                             /* by token, by unit: even columns, then odd ones (4 bits) */
+    int16_t *plain;                               /* one token's, in order */
+    float *scales;                                /* (tokens, blocks) */
+    int32_t *sums;                                /* (tokens, blocks) */
+} Activations;
+
+static float widen(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Without a branch, so that loops of it become vector instructions. */
+static inline uint16_t narrow_finite(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+static uint16_t narrow(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 64); /* not a number */
+    return narrow_finite(value);
+}
+
+static float from_half(uint16_t half) {
+    uint32_t exponent = half >> 10 & 31, fraction = half & 1023, sign = (uint32_t)(half & 0x8000) << 16, bits;
+    if (exponent == 0) {
+        float value = (float)fraction * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline float scale_at(const Weight *w, int64_t row, int64_t group) {
+    int64_t at = row * w->groups + group;
+    if (w->scale_kind == BFLOAT16) return widen(((const uint16_t *)w->scale)[at]);
+    if (w->scale_kind == FLOAT16) return from_half(((const uint16_t *)w->scale)[at]);
+    return (float)((const uint8_t *)w->scale)[at];
+}
+
+static inline int32_t zero_at(const Weight *w, int64_t row, int64_t group) {
+    if (!w->zeros) return 1 << (w->bits - 1);
+    int32_t per_word = 32 / w->bits;
+    uint32_t word = (uint32_t)w->zeros[row / per_word * w->groups + group];
+    return (int32_t)(word >> (row % per_word * w->bits) & ((1u << w->bits) - 1));
+}
+
+/* One token's activations as 16-bit integers, in the order in which the kernels meet the codes. */
+static void prepare(const Weight *w, Activations *a, int64_t token, const void *input, int32_t kind) {
+    const int64_t per_byte = 8 / w->bits, width = a->block_bytes * per_byte, unit = a->unit;
+    int16_t *numbers = a->numbers + token * a->stride, *plain = a->plain;
+    const uint16_t *half = (const uint16_t *)input + token * w->columns;
+    const float *full = (const float *)input + token * w->columns;
+    for (int64_t block = 0; block < a->blocks; block++) {
+        int64_t first = block * width, count = w->columns - first < width ? w->columns - first : width;
+        float values[BLOCK];
+        if (kind == BFLOAT16) for (int64_t i = 0; i < count; i++) values[i] = widen(half[first + i]);
+        else memcpy(values, full + first, sizeof(float) * (size_t)count);
+        int32_t top = 0, sum = 0; /* the order of sizes is that of their bits, and what is no number is the largest */
+        for (int64_t i = 0; i < count; i++) {
+            int32_t bits;
+            memcpy(&bits, values + i, 4);
+            bits &= 0x7fffffff;
+            top = bits > top ? bits : top;
+        }
+        float largest;
+        memcpy(&largest, &top, 4);
+        float scale = largest / LEVELS, inverse = 1.0f / scale;
+        int finite = isfinite(inverse) && isfinite(scale);
+        if (!finite) inverse = 0.0f; /* all zero, too small to be divided by, or infinite */
+        for (int64_t i = 0; i < count; i++) {
+            float rounded = (values[i] * inverse + 12582912.0f) - 12582912.0f;
+            int32_t number = (int32_t)rounded;
+            plain[first + i] = (int16_t)number;
+            sum += number;
+        }
+        if (!finite && top >= 0x7f800000) plain[first] = 1, sum = 1; /* infinite or no number: so is the result */
+        else if (!finite) scale = 0.0f;
+        a->scales[token * a->blocks + block] = scale;
+        a->sums[token * a->blocks + block] = sum;
+    }
+    if (w->bits == 8) memcpy(numbers, plain, sizeof(int16_t) * (size_t)w->columns);
+    else for (int64_t start = 0; start < a->stride; start += 2 * unit)
+        for (int64_t i = 0; i < unit; i++) {
+            numbers[start + i] = plain[start + 2 * i];
+            numbers[start + unit + i] = plain[start + 2 * i + 1];
+        }
+}
+
+static void row_portable(const Weight *w, const Activations *a, int64_t row, int64_t token, float *out) {
+    const int64_t per_byte = 8 / w->bits, unit = a->unit;
+    const uint8_t *codes = w->codes + row * a->row_bytes;
+    const int16_t *numbers = a->numbers + token * a->stride;
+    float total = 0.0f;
+    for (int64_t block = 0; block < a->blocks; block++) {
+        int64_t group = w->groups == 1 ? 0 : block;
+        int64_t first = block * a->block_bytes, end = first + a->block_bytes;
+        if (end > a->row_bytes) end = a->row_bytes;
+        int32_t sum = -zero_at(w, row, group) * a->sums[token * a->blocks + block];
+        for (int64_t start = first; start < end; start += unit) {
+            const int16_t *even = numbers + start * per_byte, *odd = even + unit;
+            int64_t count = end - start < unit ? end - start : unit;
+            if (w->bits == 8) for (int64_t i = 0; i < count; i++) sum += codes[start + i] * even[i];
+            else for (int64_t i = 0; i < count; i++)
+                sum += (codes[start + i] & 15) * even[i] + (codes[start + i] >> 4) * odd[i];
+        }
+        total += (float)sum * (scale_at(w, row, group) * a->scales[token * a->blocks + block]);
+    }
+    *out = total;
+}
+
+#ifdef X86
+__attribute__((target("avx2,fma"))) static void row_avx2(
+    const Weight *w, const Activations *a, int64_t row, int64_t token, float *out) {
+    const uint8_t *codes = w->codes + row * a->row_bytes;
+    const __m256i low = _mm256_set1_epi16(15);
+    __m256 total = _mm256_setzero_ps();
+    for (int64_t block = 0; block < a->blocks; block++) {
+        int64_t group = w->groups == 1 ? 0 : block;
+        int64_t first = block * a->block_bytes, end = first + a->block_bytes;
+        if (end > a->row_bytes) end = a->row_bytes;
+        int32_t start_at = -zero_at(w, row, group) * a->sums[token * a->blocks + block];
+        __m256i sum = _mm256_zextsi128_si256(_mm_cvtsi32_si128(start_at));
+        for (int64_t byte = first; byte < end; byte += 16) {
+            uint8_t rest[16] = {0};
+            const uint8_t *here = codes + byte;
+            if (byte + 16 > end) here = memcpy(rest, here, (size_t)(end - byte));
+            __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)here));
+            const int16_t *at = a->numbers + token * a->stride + byte * (8 / w->bits);
+            __m256i even = _mm256_loadu_si256((const __m256i *)at);
+            if (w->bits == 8) {
+                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(wide, even));
+                continue;
+            }
+            __m256i odd = _mm256_loadu_si256((const __m256i *)(at + 16));
+            __m256i even_part = _mm256_madd_epi16(_mm256_and_si256(wide, low), even);
+            __m256i odd_part = _mm256_madd_epi16(_mm256_srli_epi16(wide, 4), odd);
+            sum = _mm256_add_epi32(sum, _mm256_add_epi32(even_part, odd_part));
+        }
+        __m256 both = _mm256_set1_ps(scale_at(w, row, group) * a->scales[token * a->blocks + block]);
+        total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), both, total);
+    }
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps(total, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    *out = _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
+/* COUNT rows at a time for one token: the activations are loaded once for all of them. */
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
+TARGET_AVX512 static inline __attribute__((always_inline)) void rows_avx512(
+    const Weight *w, const Activations *a, int64_t row, int64_t token, float *out, const int bits, const int unit,
+    const int count) {
+    const int64_t row_bytes = a->row_bytes, blocks = a->blocks, block_bytes = a->block_bytes;
+    const uint8_t *codes = w->codes + row * row_bytes;
+    const int16_t *numbers = a->numbers + token * a->stride;
+    const float *scales = a->scales + token * blocks;
+    const int32_t *sums = a->sums + token * blocks;
+    const __m512i low = _mm512_set1_epi16(15);
+    const __m256i narrow_low = _mm256_set1_epi16(15);
+    __m512 total[ROWS_AT_ONCE];
+    for (int r = 0; r < count; r++) total[r] = _mm512_setzero_ps();
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t group = w->groups == 1 ? 0 : block;
+        const int64_t first = block * block_bytes;
+        int64_t end = first + block_bytes;
+        if (end > row_bytes) end = row_bytes;
+        __m512i sum[ROWS_AT_ONCE];
+        for (int r = 0; r < count; r++)
+            sum[r] = _mm512_zextsi128_si512(_mm_cvtsi32_si128(-zero_at(w, row + r, group) * sums[block]));
+        if (unit == 16) { /* a block of 32 codes of 4 bits: even ones in the lower half, odd ones in the upper */
+            const __m512i x = _mm512_loadu_si512(numbers + first * 2);
+            for (int r = 0; r < count; r++) {
+                const __m128i raw = _mm_loadu_si128((const __m128i *)(codes + r * row_bytes + first));
+                const __m256i wide = _mm256_cvtepu8_epi16(raw);
+                const __m512i even = _mm512_castsi256_si512(_mm256_and_si256(wide, narrow_low));
+                const __m512i both = _mm512_inserti64x4(even, _mm256_srli_epi16(wide, 4), 1);
+                sum[r] = _mm512_dpwssd_epi32(sum[r], both, x);
+            }
+        }
+        for (int64_t byte = first; unit == 32 && byte < end; byte += 32) {
+            const int64_t left = end - byte;
+            const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+            const int16_t *at = numbers + byte * (8 / bits);
+            const __m512i even = _mm512_loadu_si512(at);
+            const __m512i odd = bits == 4 ? _mm512_loadu_si512(at + 32) : even;
+            for (int r = 0; r < count; r++) {
+                const uint8_t *here = codes + r * row_bytes + byte;
+                const __m512i wide = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, here));
+                if (bits == 8) sum[r] = _mm512_dpwssd_epi32(sum[r], wide, even);
+                else {
+                    sum[r] = _mm512_dpwssd_epi32(sum[r], _mm512_and_si512(wide, low), even);
+                    sum[r] = _mm512_dpwssd_epi32(sum[r], _mm512_srli_epi16(wide, 4), odd);
+                }
+            }
+        }
+        for (int r = 0; r < count; r++) {
+            const __m512 both = _mm512_set1_ps(scale_at(w, row + r, group) * scales[block]);
+            total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]), both, total[r]);
+        }
+    }
+    for (int r = 0; r < count; r++) out[r] = _mm512_reduce_add_ps(total[r]);
+}
+
+#define WIDE_CASE(BITS, UNIT)                                                                    \
+    if (w->bits == BITS && a->unit == UNIT) {                                                    \
+        if (count == ROWS_AT_ONCE) rows_avx512(w, a, row, token, out, BITS, UNIT, ROWS_AT_ONCE);       \
+        else for (int r = 0; r < count; r++) rows_avx512(w, a, row + r, token, out + r, BITS, UNIT, 1); \
+    }
+
+TARGET_AVX512 static void some_rows_avx512(
+    const Weight *w, const Activations *a, int64_t row, int count, int64_t token, float *out) {
+    WIDE_CASE(4, 32)
+    WIDE_CASE(4, 16)
+    WIDE_CASE(8, 32)
+}
+#endif
+
+/* One row of the weight itself, of kind; inlined into functions that may use wider instructions. */
+static inline __attribute__((always_inline)) void restore_row(
+    const Weight *w, int64_t row, int32_t kind, const int bits, float *values, void *out) {
+    const int64_t bytes = w->columns * bits / 8, per_group = w->columns / w->groups * bits / 8;
+    const uint8_t *codes = w->codes + row * bytes;
+    for (int64_t group = 0; group < w->groups; group++) {
+        const float scale = scale_at(w, row, group) * (w->row_scale ? w->row_scale[row] : 1.0f);
+        const int32_t zero = zero_at(w, row, group);
+        const uint8_t *here = codes + group * per_group;
+        float *to = values + group * (w->columns / w->groups);
+        if (bits == 8) for (int64_t i = 0; i < per_group; i++) to[i] = (float)(here[i] - zero) * scale;
+        else for (int64_t i = 0; i < per_group; i++) {
+            to[2 * i] = (float)((here[i] & 15) - zero) * scale;
+            to[2 * i + 1] = (float)((here[i] >> 4) - zero) * scale;
+        }
+    }
+    uint16_t *half = out;
+    if (kind == BFLOAT16) for (int64_t i = 0; i < w->columns; i++) half[i] = narrow_finite(values[i]);
+}
+
+#define RESTORE(NAME, TARGET)                                                                              \
+    TARGET static void NAME(const Weight *w, int64_t row, int32_t kind, float *values, void *out) {        \
+        if (w->bits == 4) restore_row(w, row, kind, 4, values, out);                                       \
+        else restore_row(w, row, kind, 8, values, out);                                                    \
+    }
+
+RESTORE(restore_portable, )
+#ifdef X86
+RESTORE(restore_avx2, __attribute__((target("avx2"))))
+RESTORE(restore_avx512, TARGET_AVX512)
+#endif
+
+/* Rows first to first + count of the weight, of kind, into out (count, columns). Returns 1 where memory is lacking. */
+int32_t phi35_restore(
+    const uint8_t *codes, const void *scale, const float *row_scale, const int32_t *zeros, void *out, int64_t first,
+    int64_t count, int64_t columns, int64_t groups, int32_t bits, int32_t scale_kind, int32_t kind, int32_t threads,
+    int32_t variant) {
+    Weight w = {codes, scale, row_scale, zeros, first + count, columns, groups, bits, scale_kind};
+    int32_t failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        float *buffer = kind == BFLOAT16 ? malloc(sizeof(float) * (size_t)columns) : NULL;
+        failed = kind == BFLOAT16 && !buffer;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < count; row++) {
+            void *here = (char *)out + row * columns * (kind == BFLOAT16 ? 2 : 4);
+            float *values = kind == BFLOAT16 ? buffer : here;
+            if (failed) continue;
+#ifdef X86
+            if (variant == AVX512) restore_avx512(&w, first + row, kind, values, here);
+            else if (variant == AVX2) restore_avx2(&w, first + row, kind, values, here);
+            else
+#endif
+                restore_portable(&w, first + row, kind, values, here);
+        }
+        free(buffer);
+    }
+    (void)variant;
+    return failed;
+}
+
+int32_t phi35_variant(void) {
+#ifdef X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        return AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+    return PORTABLE;
+}
+
+static void some_rows(
+    const Weight *w, const Activations *a, int64_t row, int count, int64_t token, int32_t variant, float *out) {
+#ifdef X86
+    if (variant == AVX512) {
+        some_rows_avx512(w, a, row, count, token, out);
+        return;
+    }
+#endif
+    for (int r = 0; r < count; r++) {
+#ifdef X86
+        if (variant == AVX2) {
+            row_avx2(w, a, row + r, token, out + r);
+            continue;
+        }
+#endif
+        row_portable(w, a, row + r, token, out + r);
+    }
+}
+
+/* out (tokens, rows) = input (tokens, columns) times the weight, plus bias (rows) or NULL; all three of one kind.
+ * Returns 0, or 1 where memory is lacking. */
+int32_t phi35_product(
+    const void *input, const uint8_t *codes, const void *scale, const float *row_scale, const int32_t *zeros,
+    const void *bias, void *out, int64_t tokens, int64_t rows, int64_t columns, int64_t groups, int32_t bits,
+    int32_t scale_kind, int32_t kind, int32_t threads, int32_t variant) {
+    Weight w = {codes, scale, row_scale, zeros, rows, columns, groups, bits, scale_kind};
+    int64_t per_byte = 8 / bits, group = groups == 1 ? BLOCK : columns / groups;
+    Activations a;
+    a.row_bytes = columns / per_byte;
+    a.block_bytes = group / per_byte;
+    a.blocks = (columns + group - 1) / group;
+    a.unit = variant == AVX512 && a.block_bytes >= 32 ? 32 : 16;
+    a.stride = (a.row_bytes + 63) / 64 * 64 * per_byte;
+    size_t held = (size_t)(tokens * a.blocks);
+    a.numbers = calloc((size_t)((tokens + 1) * a.stride), sizeof(int16_t));
+    a.scales = malloc(held * sizeof(float));
+    a.sums = malloc(held * sizeof(int32_t));
+    int32_t failed = !a.numbers || !a.scales || !a.sums;
+    if (!failed) {
+        a.plain = a.numbers + tokens * a.stride;
+        for (int64_t token = 0; token < tokens; token++) prepare(&w, &a, token, input, kind);
+        int64_t tasks = (rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t task = 0; task < tasks; task++) {
+            int64_t stop = (task + 1) * ROWS_PER_TASK < rows ? (task + 1) * ROWS_PER_TASK : rows;
+            for (int64_t row = task * ROWS_PER_TASK; row < stop; row += ROWS_AT_ONCE) {
+                int count = stop - row < ROWS_AT_ONCE ? (int)(stop - row) : ROWS_AT_ONCE;
+                for (int64_t token = 0; token < tokens; token++) {
+                    float part[ROWS_AT_ONCE];
+                    some_rows(&w, &a, row, count, token, variant, part);
+                    for (int r = 0; r < count; r++) {
+                        float value = part[r];
+                        int64_t at = row + r;
+                        if (row_scale) value *= row_scale[at];
+                        if (bias) value += kind == BFLOAT16 ? widen(((const uint16_t *)bias)[at]) : ((const float *)bias)[at];
+                        if (kind == BFLOAT16) ((uint16_t *)out)[token * rows + at] = narrow(value);
+                        else ((float *)out)[token * rows + at] = value;
+                    }
+                }
+            }
+        }
+    }
+    free(a.numbers);
+    free(a.scales);
+    free(a.sums);
+    return failed;
+}
