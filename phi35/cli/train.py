@@ -28,12 +28,14 @@ def run(
         description: shown by --help.
 
     Returns:
-        Exit status: 0; 2 for a mistake in the settings; 1 where the last checkpoint could not be written; 128 + the
+        Exit status: 0; 2 for a mistake in the settings; 1 where the last checkpoint could not be written or the
+        run diverged; 128 + the
         signal's number for a run that was asked to stop and has saved.
     """
     from phi35.training import environment
     from phi35.training.config import read_config
     from phi35.training.deepspeed_config import config_fields, read_deepspeed_file
+    from phi35.training.health import RunDiverged
     from phi35.training.run import train
     from phi35.training.saving import SaveError
     from phi35.training.stopping import RunStopped
@@ -53,7 +55,7 @@ def run(
         if os.environ.get("RANK", "0") == "0":
             print(f"{stopped}; the same command goes on from there", flush=True)
         return stopped.exit_status
-    except SaveError as error:
+    except (SaveError, RunDiverged) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except Exception:

@@ -32,7 +32,7 @@ def update(
             they are bfloat16.
         first: first moment; bfloat16 ones are rounded stochastically.
         second: second moment, of the same dtype.
-        factor: float32 scalar on the device that multiplies the gradient; None for 1.
+        factor: float32 scalar on the device that multiplies the gradient; None for 1, NaN for no update.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         epsilon: Adam's epsilon.
@@ -98,13 +98,16 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
     inside = places < count
     upstream = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
     if HAS_FACTOR:
-        upstream *= tl.load(factor)
+        scale = tl.load(factor)
+        upstream *= scale
     mean = tl.load(first + places, mask=inside, other=0.0).to(tl.float32)
     square = tl.load(second + places, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(master + places, mask=inside, other=0.0).to(tl.float32)
     mean = mean * beta1 + upstream * one_less_beta1
     square = square * beta2 + upstream * upstream * one_less_beta2
     value = value * decay - step_size * mean / (tl.sqrt(square) * second_correction + epsilon)
+    if HAS_FACTOR:
+        inside = inside & (scale == scale)
     if ROUND_WEIGHTS or ROUND_MOMENTS:
         bits = _mix(places.to(tl.uint32) ^ (key.to(tl.uint32) * 2654435769))
         more = _mix(bits + 1640531527)

@@ -113,6 +113,18 @@ def load_optimizer(engine: Engine, reader: CheckpointReader) -> None:
     optimizer.finish()
 
 
+def restore(engine: Engine, reader: CheckpointReader) -> None:
+    """Puts weights, optimizer and random state of a running engine back to a checkpoint of the same run."""
+    optimizer = OptimizerState(engine)
+    for name, parameter in engine.model.named_parameters():
+        if parameter.requires_grad:
+            optimizer.write(parameter, PARAMETER, _read(reader, PARAMETER, name, parameter))
+    optimizer.refresh_weights()
+    load_optimizer(engine, reader)
+    engine.balancer.load_state(reader.trainer.get("selection_bias"), engine.environment.device)
+    load_random_state(reader, engine.environment, engine.config.seed)
+
+
 def load_random_state(reader: CheckpointReader, environment: Environment, seed: int) -> None:
     """Restores this rank's generators; at another number of ranks they are seeded anew for this step."""
     if reader.trainer["world_size"] == environment.world_size:

@@ -75,6 +75,12 @@ class TrainingConfig:
         keep_last: checkpoints kept; 0 keeps all.
         keep_every: checkpoints of every this-many-th step are kept for good; 0 for none.
         async_save: write checkpoints beside the training, which waits for the copy to host memory alone.
+        max_skipped_steps: updates in a row that may be left out because loss or gradient is not finite; 0: any number.
+        on_skipped_steps: what happens then: "stop", or "rollback" to the last checkpoint, without the data since.
+        spike_threshold: standard deviations by which a loss above the mean of the last ones makes the run roll back
+            likewise; 0 for never.
+        spike_window: how many losses the mean is of.
+        max_rollbacks: rollbacks without a new checkpoint in between, after which the run stops.
         hang_timeout_seconds: a rank without progress for so long ends the run with its stacks; 0 for never.
         resume: continue from the newest complete checkpoint of ``output_dir``, if there is one.
         log_interval: steps between two reads of the losses from the device; metrics hold every step all the same.
@@ -130,6 +136,11 @@ class TrainingConfig:
     keep_last: int = 2
     keep_every: int = 0
     async_save: bool = False
+    max_skipped_steps: int = 10
+    on_skipped_steps: str = "stop"
+    spike_threshold: float = 0.0
+    spike_window: int = 50
+    max_rollbacks: int = 3
     hang_timeout_seconds: float = 1800.0
     resume: bool = True
     log_interval: int = 1

@@ -37,7 +37,14 @@ def type_problems(config: "TrainingConfig") -> Iterator[str]:
 
 def value_problems(config: "TrainingConfig") -> Iterator[str]:
     """Values that no run can have, whatever its model and processes."""
-    for subject in (_choice_problems, _number_problems, _schedule_problems, _part_problems, _report_problems):
+    for subject in (
+        _choice_problems,
+        _number_problems,
+        _schedule_problems,
+        _part_problems,
+        _rollback_problems,
+        _report_problems,
+    ):
         yield from subject(config)
 
 
@@ -49,6 +56,7 @@ def _choice_problems(config: "TrainingConfig") -> Iterator[str]:
         "optimizer_dtype": DTYPES,
         "offload": OFFLOADS,
         "zero_stage": (None, 0, 1, 2, 3),
+        "on_skipped_steps": ("stop", "rollback"),
         "gradient_checkpointing": (False, True, "selective"),
         "kernels": KERNELS,
         "init_device": ("cpu", "cuda"),
@@ -76,14 +84,15 @@ def _number_problems(config: "TrainingConfig") -> Iterator[str]:
         "ep_chunks",
         "log_interval",
         "sequence_parallel_size",
+        "spike_window",
     ):
         value = getattr(config, name)
         if value is not None and value < 1:
             yield f"{name} must be at least 1, got {value}"
     at_least_zero = (
         "num_workers warmup_steps decay_steps weight_decay gradient_clipping adam_epsilon save_interval keep_last "
-        "keep_every hang_timeout_seconds "
-        "router_z_loss_coef router_bias_update_rate"
+        "keep_every hang_timeout_seconds max_skipped_steps spike_threshold max_rollbacks router_z_loss_coef "
+        "router_bias_update_rate"
     )
     for name in at_least_zero.split():
         if getattr(config, name) < 0:
@@ -92,6 +101,16 @@ def _number_problems(config: "TrainingConfig") -> Iterator[str]:
         yield "sequence_length must be at least 2: each token predicts the next"
     if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
         yield f"adam_betas must be two numbers in [0, 1), got {config.adam_betas}"
+
+
+def _rollback_problems(config: "TrainingConfig") -> Iterator[str]:
+    if config.save_interval == 0:
+        for name, asked in (
+            ("spike_threshold", config.spike_threshold > 0),
+            ("on_skipped_steps='rollback'", config.on_skipped_steps == "rollback"),
+        ):
+            if asked:
+                yield f"{name} goes back to a checkpoint, and save_interval=0 makes none before the end; set it"
 
 
 def _schedule_problems(config: "TrainingConfig") -> Iterator[str]:

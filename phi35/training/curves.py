@@ -112,6 +112,11 @@ def _skips(history: Sequence[Line], evaluations: Sequence[Line]) -> Series:
     return [series for reason in reasons for series in _column(flat, reason)]
 
 
+def _skipped_updates(history: Sequence[Line], evaluations: Sequence[Line]) -> Series:
+    """Only where there are any."""
+    return _column(history, "skipped_steps") if any(line.get("skipped_steps") for line in history) else []
+
+
 def _named(name: str, label: str | None = None, scale: float = 1.0) -> _Reader:
     return lambda history, evaluations: _column(history, name, label, scale)
 
@@ -127,4 +132,5 @@ _PANELS: tuple[tuple[str, _Reader, str], ...] = (
     ("memory per device", _memory, "GB"),
     ("busiest expert", _busiest, "tokens / mean"),
     ("skipped samples", _skips, "since the start"),
+    ("skipped updates", _skipped_updates, "since the start"),
 )

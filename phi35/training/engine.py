@@ -18,11 +18,12 @@ from phi35.training.flat_layout import pieces_of
 from phi35.training.gradient_sum import sum_gradients
 from phi35.training.loss import auxiliary_losses
 from phi35.training.mixed_precision import MixedPrecisionAdamW, build_optimizer
-from phi35.training.optimizers import MuonWithAdamW, OverMasters
+from phi35.training.optimizers import MuonWithAdamW
 from phi35.training.parameter_groups import part_rates
 from phi35.training.routing import BiasBalancer
 from phi35.training.schedule import learning_rate_factor
 from phi35.training.sequence import share_rows
+from phi35.training.update_guard import UpdateGuard, is_applied, poisoned
 
 
 @dataclass
@@ -32,7 +33,8 @@ class StepResult:
     Attributes:
         loss: this rank's share of the global mean loss per token (the ranks' shares add up to it).
         auxiliary: this rank's mean of each router loss over its micro-batches, unweighted.
-        gradient_norm: global norm before clipping; a float where DeepSpeed computed it on the host.
+        gradient_norm: global norm before clipping; a float where DeepSpeed computed it on the host. Where it is not
+            finite, the step changed nothing.
         outputs: the model's outputs, one per micro-batch, without graphs.
     """
 
@@ -91,7 +93,9 @@ class Engine:
             optimizer.attach(pieces_of(self.optimizer, config.zero_stage, optimizer), environment.device)
         if config.zero_stage == 0:
             self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            self.deepspeed.clip_fp32_gradients = self._clip
+            # DeepSpeed's own clipping averages the ranks' norms of the experts.
+            self.deepspeed.clip_fp32_gradients = lambda: None
+            self._guard = UpdateGuard(optimizer, self._trained, config.gradient_clipping, global_gradient_norm)
             self.deepspeed.zero_grad = self._zero_grad
             self.deepspeed.enable_backward_allreduce = False  # it would copy every gradient twice
         self._peaks = part_rates(model, config)
@@ -148,34 +152,31 @@ class Engine:
                     auxiliary[name] = auxiliary.get(name, 0.0) + value.detach() / count
                 if config.zero_stage == 0:
                     objective = objective / world_size  # gradients are added, not averaged
-                self.deepspeed.backward(objective, scale_wrt_gas=False)
+                self.deepspeed.backward(poisoned(objective), scale_wrt_gas=False)
             if config.zero_stage == 0 and world_size > 1 and self.deepspeed.is_gradient_accumulation_boundary():
                 sum_gradients(self._trained)
             self.deepspeed.step()
             total = share.detach() if total is None else total + share.detach()
             outputs.append(_detached(output))
         assert total is not None
-        self.balancer.update(outputs, [batch.get("attention_mask") for batch in batches])
-        return StepResult(total, auxiliary, self._gradient_norm(), outputs)
+        norm = self._gradient_norm()
+        self.balancer.update(outputs, [batch.get("attention_mask") for batch in batches], is_applied(norm))
+        return StepResult(total, auxiliary, norm, outputs)
+
+    def note_skipped(self, num_steps: int) -> None:
+        """Takes steps that changed nothing out of the step counts that are kept on the host."""
+        if isinstance(self.base_optimizer, MixedPrecisionAdamW):
+            self.base_optimizer.take_back(num_steps)
 
     def _gradient_norm(self) -> torch.Tensor | float | None:
+        if self.config.zero_stage == 0:
+            return self._guard.gradient_norm
         return getattr(self.deepspeed, "_global_grad_norm", None)
 
     def _zero_grad(self) -> None:
         """DeepSpeed's own walks over the whole module tree at every step."""
         for parameter in self._trained:
             parameter.grad = None
-
-    def _clip(self) -> None:
-        """Clips at stage 0 by the exact global norm; DeepSpeed's own averages the ranks' norms of the experts."""
-        parameters = [parameter for parameter in self._trained if parameter.grad is not None]
-        norm = global_gradient_norm(parameters)
-        self.deepspeed._global_grad_norm = norm
-        factor = (self.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
-        if isinstance(self.base_optimizer, MixedPrecisionAdamW | OverMasters):
-            self.base_optimizer.gradient_factor = factor  # multiplied where the update reads them anyway
-        else:
-            torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
 
 
 def _gather_whole_sparse_layers(model: Any) -> None:

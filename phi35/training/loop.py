@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import distributed
 
-from phi35.training.checkpoint_files import folder_name
+from phi35.training.checkpoint_files import complete_checkpoints, folder_name
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
 from phi35.training.flops import Work, batch_work
+from phi35.training.health import Health, RunDiverged, Trouble
 from phi35.training.loss import count_tokens
 from phi35.training.metrics import Metrics
+from phi35.training.rollback import Rollbacks
 from phi35.training.saving import CheckpointSaver, SaveError
 from phi35.training.sequence import local_part
 from phi35.training.stopping import Agreement, RunStopped, StopRequest
@@ -24,7 +26,13 @@ HOST_INPUTS = ("image_sizes", "sequence_lengths")
 
 
 def run_steps(
-    engine: Engine, source: Any, metrics: Metrics, first_step: int, root: Path, state: dict[str, Any]
+    engine: Engine,
+    source: Any,
+    metrics: Metrics,
+    first_step: int,
+    root: Path,
+    state: dict[str, Any],
+    health_state: dict[str, Any] | None = None,
 ) -> Path:
     """The loop: ``max_steps`` updates, a checkpoint now and then and one at the end.
 
@@ -35,6 +43,7 @@ def run_steps(
         first_step: updates made before.
         root: folder of the checkpoints, in the run's folder.
         state: plain data to keep in each checkpoint.
+        health_state: of the checkpoint that the run goes on from.
 
     Returns:
         The last checkpoint's folder.
@@ -42,6 +51,7 @@ def run_steps(
     Raises:
         RunStopped: on all ranks, if a signal or the launcher's death ended the run; a checkpoint is saved.
         SaveError: on all ranks, if the last checkpoint could not be written.
+        RunDiverged: on all ranks, if too many updates in a row were left out, or rollbacks did not help.
     """
     config = engine.config
     with StopRequest() as stop, Watchdog(engine.environment, stop, root.parent, config.hang_timeout_seconds) as dog:
@@ -53,9 +63,12 @@ def run_steps(
             asynchronous=config.async_save,
             beat=dog.beat,
         )
-        loop = _Loop(engine, source, metrics, saver, state, stop, dog)
+        health, rollbacks = Health(config), Rollbacks(root, engine, first_step)
+        health.load_state(health_state)
+        metrics.num_skipped = health.num_skipped
+        loop = _Loop(source, metrics, saver, health, rollbacks, stop, dog)
         try:
-            loop.run(first_step)
+            loop.run(first_step, state)
         finally:
             loop.close()
     return saver.last or root / folder_name(first_step)
@@ -66,34 +79,44 @@ class _Loop:
 
     def __init__(
         self,
-        engine: Engine,
         source: Any,
         metrics: Metrics,
         saver: CheckpointSaver,
-        state: dict[str, Any],
+        health: Health,
+        rollbacks: Rollbacks,
         stop: StopRequest,
         watchdog: Watchdog,
     ) -> None:
-        self.engine, self.source, self.metrics, self.saver = engine, source, metrics, saver
-        self.config, self.environment = engine.config, engine.environment
-        self.state, self.stop, self.watchdog = state, stop, watchdog
-        self.agreement = Agreement(engine.environment)
+        self.source, self.metrics, self.saver, self.health, self.rollbacks = source, metrics, saver, health, rollbacks
+        self.engine, self.stop, self.watchdog = saver.engine, stop, watchdog
+        self.config, self.environment = self.engine.config, self.engine.environment
+        self.agreement = Agreement(self.environment)
         self.batches = source.compact() if hasattr(source, "compact") else iter(source)
 
-    def run(self, first_step: int) -> None:
-        for step in range(first_step, self.config.max_steps):
+    def run(self, first_step: int, state: dict[str, Any]) -> None:
+        done = first_step
+        while done < self.config.max_steps:
             self.agreement.begin([self.stop.signal_number, self.saver.in_flight and not self.saver.is_written])
-            self._update(step)
+            self._update(done)
+            done += 1
             signal_number, unwritten = self.agreement.end()
             if self.saver.in_flight and not unwritten:
                 self._saving(self.saver.finish, is_last=False)
-            done, interval = step + 1, self.config.save_interval
+            interval = self.config.save_interval
             is_last = done == self.config.max_steps or signal_number > 0
-            if is_last or (interval and done % interval == 0):
-                self._save(done, is_last)
+            is_due = is_last or bool(interval and done % interval == 0)
+            if is_due:
+                self.metrics.flush()  # before a checkpoint the numbers are read: none is made of a run that is not well
+            outcomes = self.metrics.take_outcomes()
+            self.engine.note_skipped(sum(not outcome.is_finite for outcome in outcomes))
+            trouble = self.health.observe(outcomes)
+            if trouble is not None:
+                done = self._handle(trouble, done)
+            elif is_due:
+                self._save(done, state, is_last)
             if signal_number:
                 reason = self.stop.reason or "another process was asked to stop"
-                raise RunStopped(f"{reason}: stopped after step {done}, saved as {self.saver.last}", signal_number)
+                raise RunStopped(f"{reason}: stopped after step {done}, saved as {self._newest()}", signal_number)
 
     def close(self) -> None:
         """Ends data-loading processes and threads."""
@@ -119,10 +142,31 @@ class _Loop:
             attention_masks=[batch.get("attention_mask") for batch in micro_batches],
         )
 
-    def _save(self, done: int, is_last: bool) -> None:
-        self.metrics.flush()
-        now = {"data": self.source.state_dict(), "selection_bias": self.engine.balancer.state()}
-        self._saving(lambda: self.saver.save(done, {**self.state, **now}), is_last)
+    def _handle(self, trouble: Trouble, done: int) -> int:
+        """Ends the run, or goes back to a checkpoint from before the trouble; returns the updates made by then.
+
+        The data goes on where it is, so that what led to the trouble is left out.
+        """
+        self._saving(self.saver.finish, is_last=False)
+        if trouble.action == "stop":
+            raise RunDiverged(f"{trouble.reason}; the newest checkpoint is {self._newest()}")
+        step = self.rollbacks.roll_back(trouble, done)
+        if step < done:
+            self.health.rolled_back()
+            self.metrics.rewind(step)
+        return step
+
+    def _newest(self) -> Path | None:
+        found = complete_checkpoints(self.saver.root)
+        return found[-1] if found else None
+
+    def _save(self, done: int, state: dict[str, Any], is_last: bool) -> None:
+        now = {
+            "data": self.source.state_dict(),
+            "selection_bias": self.engine.balancer.state(),
+            "health": self.health.state(),
+        }
+        self._saving(lambda: self.saver.save(done, {**state, **now}), is_last)
         if is_last:
             self._saving(self.saver.finish, is_last)
         self.metrics.restart_clock()

@@ -4,7 +4,7 @@ Values stay on the device until ``log_interval`` steps have gathered; then one r
 so that the hot loop does not wait for the device.
 """
 
-import json
+import math
 import resource
 import sys
 import time
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import distributed
 
-from phi35.training.curves import read_lines
 from phi35.training.engine import StepResult
 from phi35.training.environment import Environment
 from phi35.training.flops import TrainingFlops, Work
+from phi35.training.health import Outcome
+from phi35.training.line_file import LineFile
 from phi35.training.routing import describe_routing, plot_expert_load, routing_totals
 from phi35.training.trackers import ProgressBar, Tracker
 
@@ -40,6 +41,9 @@ class Metrics:
         flops: operations of a batch; None leaves them and MFU out.
         peak_flops: a device's peak per second; None leaves MFU out.
         skips: this rank's samples left out by the data source since the start, by reason; None where it counts none.
+
+    Attributes:
+        num_skipped: updates left out so far, as far as the numbers have been read; may be set to those of before.
     """
 
     def __init__(
@@ -58,17 +62,44 @@ class Metrics:
         self.path, self.environment, self.log_interval = folder / "metrics.jsonl", environment, log_interval
         self.evaluation_path = folder / "evaluations.jsonl"
         self.heat_map_path = folder / "expert_load.png"
-        self.history: list[dict[str, Any]] = []
-        self.evaluations: list[dict[str, Any]] = []
+        self.num_skipped = 0
+        self._lines: LineFile | None = None
+        self._evaluation_lines: LineFile | None = None
+        self._outcomes: list[Outcome] = []
         self.flops, self.peak_flops, self.skips = flops, peak_flops, skips
         self._pending: list[tuple[dict[str, Any], list[torch.Tensor], list[str]]] = []
         self._since = time.perf_counter()
         self._drawn = time.monotonic()
         self._trackers: Sequence[Tracker] = ()
         if environment.is_main:
-            self.history = _kept_lines(self.path, first_step)
-            self.evaluations = _kept_lines(self.evaluation_path, first_step)
+            self._lines = LineFile(self.path, first_step)
+            self._evaluation_lines = LineFile(self.evaluation_path, first_step)
             self._trackers = [ProgressBar(max_steps, first_step)] if trackers is None else trackers
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``, on rank 0."""
+        return self._lines.lines if self._lines is not None else []
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of ``evaluations.jsonl``, on rank 0."""
+        return self._evaluation_lines.lines if self._evaluation_lines is not None else []
+
+    def take_outcomes(self) -> list[Outcome]:
+        """What the last reads brought and nobody has taken yet; the same on every rank."""
+        taken, self._outcomes = self._outcomes, []
+        return taken
+
+    def rewind(self, step: int) -> None:
+        """Forgets the steps after ``step``, which will be made again."""
+        self._pending, self._outcomes = [], []
+        for lines in (self._lines, self._evaluation_lines):
+            if lines is not None:
+                lines.rewind(step)
+        for tracker in self._trackers:
+            tracker.rewind(step)
+        self.restart_clock()
 
     def add(
         self,
@@ -136,15 +167,20 @@ class Metrics:
         numbers = flat.tolist()
         seconds = (time.perf_counter() - self._since) / len(self._pending)
         shared = {**self._memory(), **self._skipped()}
-        if self.environment.is_main:
-            lines = []
-            for host, values, names in self._pending:
-                count = sum(value.numel() for value in values)
+        lines = []
+        for host, values, names in self._pending:
+            count = sum(value.numel() for value in values)
+            read = dict(zip(names, numbers, strict=False))
+            outcome = Outcome(host["step"], read["loss"], read.get("gradient_norm"))
+            self._outcomes.append(outcome)
+            self.num_skipped += not outcome.is_finite
+            if self.environment.is_main:
                 line = _line(host, names, numbers[:count], seconds)
                 if self.peak_flops and "model_flops" in line:
                     line["mfu"] = line["model_flops"] / (seconds * self.environment.world_size * self.peak_flops)
-                lines.append({**line, **shared})
-                numbers = numbers[count:]
+                lines.append(_finite({**line, **shared, "skipped_steps": self.num_skipped}))
+            numbers = numbers[count:]
+        if self.environment.is_main:
             self._write(lines)
         self._pending = []
         self._since = time.perf_counter()
@@ -155,10 +191,8 @@ class Metrics:
 
     def add_evaluation(self, line: dict[str, Any]) -> None:
         """Takes the numbers of an evaluation, with their ``step``; called after ``flush``, written by rank 0."""
-        if self.environment.is_main:
-            self.evaluations.append(line)
-            with open(self.evaluation_path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+        if self._evaluation_lines is not None:
+            self._evaluation_lines.append([line])
             for tracker in self._trackers:
                 tracker.log_evaluation(line)
 
@@ -203,9 +237,8 @@ class Metrics:
         return {"data_skips": dict(sorted(total.items()))}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        with open(self.path, "a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self.history.extend(lines)
+        assert self._lines is not None
+        self._lines.append(lines)
         for tracker in self._trackers:
             tracker.log(lines)
         if time.monotonic() - self._drawn > SECONDS_BETWEEN_HEAT_MAPS:
@@ -234,9 +267,10 @@ def _line(host: dict[str, Any], names: list[str], numbers: list[float], seconds:
     return line
 
 
-def _kept_lines(path: Path, first_step: int) -> list[dict[str, Any]]:
-    """Lines up to the step that a run resumes from; those of an earlier attempt beyond it leave the file."""
-    lines = [line for line in read_lines(path) if line["step"] <= first_step]
-    if lines or path.is_file():
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return lines
+def _finite(value: Any) -> Any:
+    """Plain data with None for numbers that are not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -63,7 +63,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
 
     Attributes:
         gradient_factor: float32 scalar on the device by which the next step multiplies every gradient (clipping);
-            the gradients themselves are left alone.
+            the gradients themselves are left alone. NaN leaves weights and moments as they are.
 
     Raises:
         ValueError: for another state dtype.
@@ -120,6 +120,13 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
                     self._update(parameter, group, index)
         self.gradient_factor = None
 
+    @torch.no_grad()
+    def take_back(self, num_steps: int) -> None:
+        """Forgets steps that a NaN factor left out, and which only the host's step counts hold."""
+        for parameter in self._parameters():
+            if num_steps and "step" in self.state[parameter]:
+                self.state[parameter]["step"] -= num_steps
+
     def _update(self, parameter: torch.Tensor, group: dict[str, Any], index: int) -> None:
         state = self.state[parameter]
         if FIRST_MOMENT not in state:
@@ -168,6 +175,8 @@ def _update_with_torch(
     key: int,
 ) -> None:
     """What the kernel does, element for element (``phi35.kernels.adamw``)."""
+    if factor is not None and factor.isnan():
+        return
     upstream = grad.float() if factor is None else grad.float() * factor
     mean = first.float() * beta1 + upstream * (1.0 - beta1)
     square = second.float() * beta2 + upstream.square() * (1.0 - beta2)

@@ -130,6 +130,18 @@ class OptimizerState:
         if self.quantized is not None:
             self.quantized.finish()
 
+    @torch.no_grad()
+    def refresh_weights(self) -> None:
+        """Makes the model's weights follow masters that were written while it is in training."""
+        if self.stage in (1, 2):
+            self.zero.update_lp_params()
+        elif self.stage == 3:
+            self.zero._partition_all_parameters()
+            for group in range(len(self.zero.fp16_groups)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            if self.zero.persistent_parameters:
+                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
     def own_tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(kind, name, tensor) of what this rank keeps besides, so that the same layout goes on to the bit."""
         if self.quantized is not None and self.num_steps:

@@ -31,8 +31,19 @@ class BiasBalancer:
         self.model, self.rate, self.world_size = model, rate, world_size
         self.selection_bias: torch.Tensor | None = None
 
-    def update(self, outputs: Sequence[CausalLMOutput], attention_masks: Sequence[torch.Tensor | None]) -> None:
-        """Takes the outputs of a step's micro-batches on this rank; all ranks call it alike."""
+    def update(
+        self,
+        outputs: Sequence[CausalLMOutput],
+        attention_masks: Sequence[torch.Tensor | None],
+        applied: torch.Tensor | bool = True,
+    ) -> None:
+        """Takes the outputs of a step's micro-batches on this rank; all ranks call it alike.
+
+        Args:
+            outputs: one per micro-batch.
+            attention_masks: likewise.
+            applied: whether the step changed the weights; if not, the bias stays too.
+        """
         if not self.rate:
             return
         counts = [expert_counts(one, mask) for one, mask in zip(outputs, attention_masks, strict=True)]
@@ -40,7 +51,8 @@ class BiasBalancer:
         if self.world_size > 1:
             distributed.all_reduce(summed)
         bias = torch.zeros_like(summed) if self.selection_bias is None else self.selection_bias
-        self._apply(resolve("moe.balancing:updated_selection_bias")(bias, summed, self.rate))
+        updated = resolve("moe.balancing:updated_selection_bias")(bias, summed, self.rate)
+        self._apply(torch.where(torch.as_tensor(applied, device=bias.device), updated, bias))
 
     def state(self) -> list[list[float]] | None:
         """The bias as plain numbers, exact to the bit; None where there is none."""

@@ -64,6 +64,7 @@ def train(
         ValueError: for anything in the config that cannot be done, before memory is allocated where it can be seen.
         RunStopped: if a signal or the death of the launcher ended the run; a checkpoint is saved.
         SaveError: if the last checkpoint could not be written.
+        RunDiverged: if too many updates in a row were left out, or rollbacks did not help.
     """
     model_config = read_model_config(config)
     timeout = {"timeout_seconds": config.hang_timeout_seconds + 60} if config.hang_timeout_seconds else {}
@@ -94,7 +95,8 @@ def train(
         "model_config": checkpoint.model_config_to_dict(model_config),
         "versions": versions(),
     }
-    last = run_steps(engine, source, metrics, first_step, folder / "checkpoints", state)
+    health_state = reader.trainer.get("health") if reader is not None else None
+    last = run_steps(engine, source, metrics, first_step, folder / "checkpoints", state, health_state)
     metrics.close()
     summary = _finish(config, processor, metrics, folder, last) if place.is_main else None
     place.wait_for_main()
@@ -207,11 +209,12 @@ def _finish(config: TrainingConfig, processor: Any, metrics: Metrics, folder: Pa
     if config.export:
         written["model"] = folder / "model"
         export(last, written["model"], processor=processor, verify=False)
+    losses = [line["loss"] for line in history if line["loss"] is not None] or [float("nan")]
     later = history[len(history) // 2 :]
     summary = RunSummary(
         config=config,
-        first_loss=history[0]["loss"] if history else float("nan"),
-        last_loss=history[-1]["loss"] if history else float("nan"),
+        first_loss=losses[0],
+        last_loss=losses[-1],
         seconds_per_step=sum(line["seconds"] for line in later) / max(1, len(later)),
         written={name: str(path) for name, path in written.items()},
         history=history,

@@ -28,6 +28,9 @@ class Tracker(Protocol):
     def log_evaluation(self, line: Line) -> None:
         """Takes a line of ``evaluations.jsonl``."""
 
+    def rewind(self, step: int) -> None:
+        """Forgets the steps after ``step``, where the tracker can."""
+
     def close(self) -> None:
         """Brings everything to its place."""
 
@@ -92,14 +95,17 @@ class ProgressBar:
     def log(self, lines: Sequence[Line]) -> None:
         """Moves on by the lines and shows the last one."""
         last = lines[-1]
-        shown = {"loss": f"{last['loss']:.4f}", "tokens/s": f"{last['tokens_per_second']:.0f}"}
+        loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+        shown = {"loss": loss, "tokens/s": f"{last['tokens_per_second']:.0f}"}
         if "mfu" in last:
             shown["MFU"] = f"{last['mfu']:.1%}"
         shown["lr"] = f"{last['learning_rate']:.2e}"
-        if "gradient_norm" in last:
+        if last.get("gradient_norm") is not None:
             shown["norm"] = f"{last['gradient_norm']:.2f}"
         if "memory_peak" in last:
             shown["GB"] = f"{last['memory_peak'] / GIGABYTE:.1f}"
+        if last.get("skipped_steps"):
+            shown["skipped steps"] = str(last["skipped_steps"])
         skips = sum(last.get("data_skips", {}).values())
         if skips:
             shown["skipped"] = str(skips)
@@ -112,6 +118,11 @@ class ProgressBar:
         best = " (best so far)" if line.get("best") else ""
         self._tqdm.write(f"step {line['step']}: held-out {', '.join(values)}{best}")
 
+    def rewind(self, step: int) -> None:
+        """Moves the bar back."""
+        self._bar.n = step
+        self._bar.refresh()
+
     def close(self) -> None:
         """Ends the bar."""
         self._bar.close()
@@ -121,9 +132,8 @@ class TensorBoard:
     """Scalars and the experts' load as histograms, in ``<run>/tensorboard``."""
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        self.folder = folder
+        self._open(first_step + 1 if first_step else None)
 
     def log(self, lines: Sequence[Line]) -> None:
         """Writes the lines' numbers."""
@@ -138,9 +148,19 @@ class TensorBoard:
             self._writer.add_scalar(name, value, line["step"])
         self._writer.flush()
 
+    def rewind(self, step: int) -> None:
+        """Begins an event file that hides the later values."""
+        self._writer.close()
+        self._open(step + 1)
+
     def close(self) -> None:
         """Closes the event file."""
         self._writer.close()
+
+    def _open(self, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(self.folder), purge_step=purge_step)
 
 
 class WeightsAndBiases:
@@ -170,6 +190,9 @@ class WeightsAndBiases:
         """Sends the numbers under ``evaluation/``."""
         self._run.log(evaluation_scalars(line), step=line["step"])
 
+    def rewind(self, step: int) -> None:
+        """Nothing: what was sent stays, and Weights & Biases takes no earlier steps again."""
+
     def close(self) -> None:
         """Waits until everything is written or sent."""
         self._run.finish()
@@ -179,7 +202,7 @@ def scalars(line: Line) -> dict[str, float]:
     """The plain numbers of a line of ``metrics.jsonl`` under names in groups, as trackers show them."""
     found: dict[str, float] = {}
     for name in ("loss", "gradient_norm", *sorted(name for name in line if name.endswith("_loss"))):
-        if name in line:
+        if line.get(name) is not None:
             found[f"training/{name}"] = line[name]
     for name in _SPEEDS:
         if name in line:
@@ -189,11 +212,14 @@ def scalars(line: Line) -> dict[str, float]:
     for name in ("memory_allocated", "memory_reserved", "memory_peak"):
         if name in line:
             found[f"memory_gb/{name.removeprefix('memory_')}"] = line[name] / GIGABYTE
+    if "skipped_steps" in line:
+        found["training/skipped_steps"] = line["skipped_steps"]
     for reason, count in line.get("data_skips", {}).items():
         found[f"data_skips/{reason}"] = count
     for name in _ROUTING:
         for layer, value in enumerate(line.get(name, ())):
-            found[f"experts/{name}/layer_{layer:02d}"] = value
+            if value is not None:
+                found[f"experts/{name}/layer_{layer:02d}"] = value
     return found
 
 
