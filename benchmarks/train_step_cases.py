@@ -141,8 +141,8 @@ def flops_per_step(case: Case) -> dict[str, float]:
     """Operations of a step; recomputation is not counted.
 
     Returns:
-        "strict": as ``phi35.training.flops`` counts them; "counted": with 6 for each of the token embeddings, as the
-        published 6 x parameters x tokens has it, though a look-up costs nothing.
+        "needed": as ``phi35.training.flops`` counts them; "with embeddings": with 6 for each of the token embeddings
+        too, as 6 x parameters x tokens has it, though a look-up costs nothing.
     """
     config, rows = case.model_config, case.rows * case.micro_batches
     pictures = case.images * rows
@@ -152,8 +152,8 @@ def flops_per_step(case: Case) -> dict[str, float]:
         crops=5 * pictures,
         image_tokens=image_tokens(config) * pictures if pictures else 0,
     )
-    strict = TrainingFlops(config, case.settings.get("freeze", ()))(work)
-    return {"strict": strict, "counted": strict + 6.0 * config.vocab_size * config.hidden_size * work.tokens}
+    needed = TrainingFlops(config, case.settings.get("freeze", ()))(work)
+    return {"needed": needed, "with embeddings": needed + 6.0 * config.vocab_size * config.hidden_size * work.tokens}
 
 
 def image_tokens(config: ModelConfig) -> int:

@@ -227,6 +227,8 @@ class TrainingConfig:
             )
         if ep_size > 1 and zero_stage == 3:
             problems.append("expert parallelism runs with zero_stage 0 to 2; set zero_stage=2 or ep_size=1")
+        if self.gradient_checkpointing == "selective" and zero_stage == 3:
+            problems.append("gradient_checkpointing='selective' needs zero_stage 0 to 2: ZeRO-3 takes weights away")
         if self.optimizer_dtype == "bfloat16" and zero_stage > 0:
             problems.append(f"optimizer_dtype='bfloat16' needs zero_stage=0, which {zero_stage} is not")
         if problems:

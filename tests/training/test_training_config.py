@@ -68,6 +68,7 @@ def test_resolve_fills_open_fields():
         ({"ep_size": 2, "zero_stage": 3}, 2, 4, "zero_stage"),
         ({"zero_stage": 1, "dtype": "bfloat16", "optimizer_dtype": "bfloat16"}, 1, 0, "zero_stage=0"),
         ({"dtype": "bfloat16", "optimizer_dtype": "bfloat16"}, 2, 0, "zero_stage=0"),
+        ({"zero_stage": 3, "gradient_checkpointing": "selective"}, 2, 0, "selective"),
     ],
 )
 def test_what_does_not_fit_the_processes_is_named(changes, world_size, experts, message):

@@ -139,6 +139,14 @@ def test_checkpointed_layers_change_nothing():
     assert_equal_to_plain(results, losses, weights, 1e-6)
 
 
+@pytest.mark.parametrize("changes", [{"zero_stage": 3}, {"zero_stage": 2, "gradient_checkpointing": "selective"}])
+def test_fused_operations_equal_a_plain_torch_loop(changes):
+    changes = {**changes, "kernels": "fused"}
+    losses, weights = plain_losses_and_weights(config_of())
+    results = run_distributed(engine_losses_and_weights, 2, changes, {})
+    assert_equal_to_plain(results, losses, weights, 1e-6)  # measured: 3e-7
+
+
 def test_offload_equals_a_plain_torch_loop():
     changes = {"zero_stage": 2, "offload": "optimizer"}
     losses, weights = plain_losses_and_weights(config_of())
