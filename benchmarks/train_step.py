@@ -199,18 +199,18 @@ def measure(case: Any, arguments: argparse.Namespace, device: Any) -> dict[str, 
     step, parameters = (build_ours if case.side == "ours" else build_theirs)(case, device, marks)
     built = time.perf_counter() - began
     generator = torch.Generator().manual_seed(1)
-    losses, times = [], []
+    losses, timed = [], []
     for index in range(arguments.warmup + arguments.steps):
         batches = [draw_batch(case, device, generator) for _ in range(case.micro_batches)]
         if index == arguments.warmup and gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        marks.clear()
-        marks.add("start")
+        marks.begin()
         losses.append(step(batches))
         marks.add("end")
         if index >= arguments.warmup:
-            times.append(marks.spans())
+            timed.append(marks.moments)
+    times = [marks.spans(moments) for moments in timed]  # read at the end, so that no step waits for the device
     numbers = {key: statistics.median(one[key] for one in times) for key in times[0]}
     flops = flops_per_step(case)
     seconds = numbers["total"] / 1000
@@ -242,9 +242,10 @@ class Marks:
         self.gpu = gpu
         self.moments: list[tuple[str, Any]] = []
 
-    def clear(self) -> None:
-        """Forgets the last step."""
+    def begin(self) -> None:
+        """A step begins here."""
         self.moments = []
+        self.add("start")
 
     def add(self, name: str) -> None:
         """The phase called ``name`` ends here."""
@@ -257,15 +258,14 @@ class Marks:
         else:
             self.moments.append((name, time.perf_counter()))
 
-    def spans(self) -> dict[str, float]:
-        """Milliseconds of each phase, added up over micro-batches, and "total"."""
+    def spans(self, moments: list[tuple[str, Any]]) -> dict[str, float]:
+        """Milliseconds of each phase of a step, added up over micro-batches, and "total"."""
         import torch
 
         if self.gpu:
             torch.cuda.synchronize()
         spans: dict[str, float] = {}
-        pairs = zip(self.moments, self.moments[1:], strict=False)
-        for (_, before), (name, after) in pairs:
+        for (_, before), (name, after) in zip(moments, moments[1:], strict=False):
             took = before.elapsed_time(after) if self.gpu else (after - before) * 1000
             name = "other" if name == "end" else name
             spans[name] = spans.get(name, 0.0) + took

@@ -72,6 +72,8 @@ def _choice_problems(config: "TrainingConfig") -> Iterator[str]:
         yield f"optimizer_dtype='bfloat16' is for optimizer 'adamw'; {config.optimizer!r} works on float32 masters"
     if config.compile and config.kernels == "fused":
         yield "compile=true makes kernels of its own: leave kernels 'auto' or 'torch'"
+    if config.compile and config.gradient_checkpointing == "selective":
+        yield "compile=true chooses itself what to keep: gradient_checkpointing='selective' has no effect there"
 
 
 def _number_problems(config: "TrainingConfig") -> Iterator[str]:

@@ -47,6 +47,12 @@ def test_settings_without_effect_are_refused():
         TrainingConfig(decay_steps=5)
     with pytest.raises(ValueError, match="decay_steps"):
         TrainingConfig(schedule="wsd")
+    with pytest.raises(ValueError, match="selective"):
+        TrainingConfig(compile=True, gradient_checkpointing="selective")
+    with pytest.raises(ValueError, match="kernels of its own"):
+        TrainingConfig(compile=True, kernels="fused")
+    with pytest.raises(ValueError, match="optimizer_dtype='bfloat16' needs dtype='bfloat16'"):
+        TrainingConfig(optimizer_dtype="bfloat16")
     with pytest.raises(ValueError, match="warmup_steps"):
         TrainingConfig(warmup_steps=200, max_steps=100)
 
