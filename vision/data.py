@@ -64,7 +64,7 @@ class BatchShape:
         return self.micro_batch_size * self.world_size * self.accumulation_steps
 
 
-class ShardDataset(Dataset[tuple[Batch, Counter[str]]]):
+class ShardDataset(Dataset[tuple[Batch, dict[str, int]]]):
     """Batches of the endless stream, by (first position of the global batch, forward pass).
 
     Args:
@@ -104,11 +104,11 @@ class ShardDataset(Dataset[tuple[Batch, Counter[str]]]):
         self._costs = CostModel.of(collator.config)
         self._plan: tuple[int, list[list[list[int]]]] = (-1, [])
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Batch, Counter[str]]:
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Batch, dict[str, int]]:
         """A batch of this rank, compact, and what was passed over on the way, by reason."""
         skips: Counter[str] = Counter()
         examples = [self.example(position, skips) for position in self.positions(*place)]
-        return self.collator.compact(examples), skips
+        return self.collator.compact(examples), dict(skips)  # torch, copying a Counter, would count twice
 
     def positions(self, first: int, turn: int) -> list[int]:
         """Positions that this rank takes in a forward pass of the global batch that begins at ``first``."""
@@ -230,7 +230,6 @@ class ShardLoader:
             self.dataset,
             sampler=_Places(self._position, shape),
             batch_size=None,
-            collate_fn=_as_it_is,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             **options,
@@ -241,7 +240,7 @@ class ShardLoader:
             began = time.perf_counter()
             batch, skips = next(batches)
             self.wait_seconds += time.perf_counter() - began
-            self._skips += skips
+            self._skips.update(skips)
             self._taken += 1
             if self._taken == shape.accumulation_steps:
                 self._position, self._taken = self._position + shape.global_batch_size, 0
@@ -269,10 +268,6 @@ class ShardLoader:
                 "shards, mixture and seed, or start the data anew"
             )
         self._position = int(state["position"])
-
-
-def _as_it_is(item: Any) -> Any:
-    return item  # torch's own conversion would count a Counter twice
 
 
 def _one_thread(worker: int) -> None:

@@ -41,6 +41,7 @@ class Metrics:
         flops: operations of a batch; None leaves them and MFU out.
         peak_flops: a device's peak per second; None leaves MFU out.
         skips: this rank's samples left out by the data source since the start, by reason; None where it counts none.
+        waited: seconds that this rank has waited for data since the start; None where nobody counts them.
 
     Attributes:
         num_skipped: updates left out so far, as far as the numbers have been read; may be set to those of before.
@@ -58,6 +59,7 @@ class Metrics:
         flops: TrainingFlops | None = None,
         peak_flops: float | None = None,
         skips: Callable[[], Mapping[str, int]] | None = None,
+        waited: Callable[[], float] | None = None,
     ) -> None:
         self.path, self.environment, self.log_interval = folder / "metrics.jsonl", environment, log_interval
         self.evaluation_path = folder / "evaluations.jsonl"
@@ -66,7 +68,8 @@ class Metrics:
         self._lines: LineFile | None = None
         self._evaluation_lines: LineFile | None = None
         self._outcomes: list[Outcome] = []
-        self.flops, self.peak_flops, self.skips = flops, peak_flops, skips
+        self.flops, self.peak_flops, self.skips, self.waited = flops, peak_flops, skips, waited
+        self._waited_before = 0.0
         self._pending: list[tuple[dict[str, Any], list[torch.Tensor], list[str]]] = []
         self._since = time.perf_counter()
         self._drawn = time.monotonic()
@@ -144,6 +147,11 @@ class Metrics:
                 names.append("model_flops")
                 counted.append(self.flops(work))
             values.append(torch.tensor(counted, device=device))
+        if self.waited is not None:
+            so_far = self.waited()
+            names.append("data_wait")
+            values.append(torch.tensor([(so_far - self._waited_before) / world_size], device=device))
+            self._waited_before = so_far
         totals = routing_totals(result.outputs, attention_masks)
         host: dict[str, Any] = {"step": step, "learning_rate": learning_rate, "samples": num_samples}
         if learning_rates:
@@ -260,6 +268,8 @@ def _line(host: dict[str, Any], names: list[str], numbers: list[float], seconds:
     line["tokens_per_second"] = line.get("input_tokens", line["tokens"]) / seconds
     line["samples_per_second"] = line["samples"] / seconds
     line["seconds"] = seconds
+    if "data_wait" in line:
+        line["data_wait"] /= seconds
     if shape is not None:
         layers, columns = shape
         totals = numbers[len(names) :]

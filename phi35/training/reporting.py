@@ -18,7 +18,7 @@ def open_metrics(engine: Engine, model_config: ModelConfig, source: Any, folder:
     Args:
         engine: its config says which trackers to open.
         model_config: of the model that is trained.
-        source: of the training data; its ``skips()``, where it has one, is reported.
+        source: of the training data; its ``skips()`` and ``wait_seconds``, where it has them, are reported.
         folder: of the run.
         first_step: steps made before.
 
@@ -52,4 +52,5 @@ def open_metrics(engine: Engine, model_config: ModelConfig, source: Any, folder:
         flops=TrainingFlops(model_config, config.freeze),
         peak_flops=peak,
         skips=skips,
+        waited=(lambda: float(source.wait_seconds)) if hasattr(source, "wait_seconds") else None,
     )

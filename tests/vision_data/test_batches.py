@@ -351,3 +351,58 @@ def test_augmentation_is_reproducible_and_leaves_its_input_alone() -> None:
         open_source(
             "nowhere", model_config=CONFIG, processor=Tokenizer.from_folder(SMALL_MODEL), augmentation={"spin": 1}
         )
+
+
+def test_a_run_resumes_to_the_bit_in_the_midst_of_everything(shards: Path, tokenizer: Tokenizer) -> None:
+    """Mixture, stretches, alternatives, augmentation, packing, balance, accumulation, reading processes."""
+    folder = shards.parent
+    names = {shards.name: 3.0, f"{shards.name}/*-00001.tar": 1.0}
+
+    def open_rank(num_workers: int) -> ShardLoader:
+        return open_source(
+            folder,
+            mixture=names,
+            model_config=CONFIG,
+            processor=tokenizer,
+            rank=1,
+            world_size=2,
+            micro_batch_size=3,
+            accumulation_steps=3,
+            shuffle_stretch=4,
+            augmentation=True,
+            packed=True,
+            num_workers=num_workers,
+            seed=5,
+        )
+
+    whole = take(open_rank(0), 18)
+    first = open_rank(2)
+    assert all(same(a, b) for a, b in zip(take(first, 9), whole[:9], strict=True))
+    state = json.loads(json.dumps(first.state_dict()))
+    assert state["position"] == 3 * 18  # three global batches, whatever the reading processes have read ahead
+    resumed = open_rank(1)
+    resumed.load_state_dict(state)
+    assert all(same(a, b) for a, b in zip(take(resumed, 9), whole[9:], strict=True))
+    stopped = open_rank(0)
+    take(stopped, 11)  # within a global batch: it is computed again as a whole
+    assert stopped.state_dict() == state
+    names[shards.name] = 2.0
+    with pytest.raises(ValueError, match="weights"):
+        open_rank(0).load_state_dict(state)
+
+
+def test_unknown_and_impossible_settings_are_named(shards: Path, tokenizer: Tokenizer) -> None:
+    common = {"model_config": CONFIG, "processor": tokenizer}
+    for options, message in (
+        ({"rank": 2, "world_size": 2}, "rank < world_size"),
+        ({"micro_batch_size": 0}, "micro_batch_size"),
+        ({"num_workers": -1}, "num_workers"),
+        ({"mixture": {"absent": 1.0}}, "no shards"),
+        ({"mixture": {shards.name: 0.0}}, "weights"),
+        ({"shuffle_stretch": 0}, "stretch"),
+    ):
+        data = shards.parent if "mixture" in options and "absent" not in options["mixture"] else shards
+        with pytest.raises(ValueError, match=message):
+            open_source(data, **common, **options)
+    with pytest.raises(ValueError, match="folder that its paths start from"):
+        open_source([shards], mixture={"a": 1.0}, **common)

@@ -242,6 +242,7 @@ def test_a_training_run_over_hostile_shards_finishes(hostile: Path, tmp_path: Pa
 
     history = run_distributed(train_on, 2, str(hostile), str(tmp_path / "run"))[0]
     assert len(history) == 4 and all(np.isfinite(line["loss"]) for line in history)
+    assert all(0 <= line["data_wait"] < 1 for line in history)
     skips, known = history[-1]["data_skips"], expected_skips()
     assert set(skips) == set(known) and skips["unreadable_image"] >= 6 and skips["foreign_member"] == 14
 
