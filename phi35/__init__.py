@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from phi35.api import Answer as Answer
     from phi35.api import generate as generate
     from phi35.config import ModelConfig as ModelConfig
     from phi35.config import RopeScaling as RopeScaling
@@ -16,11 +17,16 @@ if TYPE_CHECKING:
     from phi35.loading import load as load
     from phi35.loading import save as save
     from phi35.model import CausalLM as CausalLM
+    from phi35.scoring import Score as Score
+    from phi35.scoring import score as score
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "generate": "phi35.api",
+    "Answer": "phi35.api",
+    "score": "phi35.scoring",
+    "Score": "phi35.scoring",
     "load": "phi35.loading",
     "save": "phi35.loading",
     "create": "phi35.loading",

@@ -4,6 +4,7 @@ A prompt is wrapped as a user turn by the model's own chat template, unless it s
 itself: then it goes in as it stands. Pictures without tags come first in the (first) user turn, in order.
 """
 
+import dataclasses
 import difflib
 import inspect
 import os
@@ -26,6 +27,22 @@ MODEL_VARIABLE = "PHI35_MODEL"
 SMALL_MODEL = Path(__file__).parent / "small_model"
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer with its tokens.
+
+    Attributes:
+        text: as ``generate`` returns it otherwise.
+        token_ids: all new tokens, the stop token (and tokens of a stop string) among them.
+        logprobs: natural logarithm of each token's probability under the model itself, before the repetition penalty,
+            the temperature and the filters.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
 def generate(
     prompt: str | Sequence[str] | None = None,
     images: Sequence[Any] | None = None,
@@ -46,8 +63,9 @@ def generate(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     rope_mode: str = "reference",
+    return_logprobs: bool = False,
     **unknown: Any,
-) -> str | list[str] | Iterator[str]:
+) -> "str | list[str] | Iterator[str] | Answer | list[Answer]":
     """Answer a prompt, a list of prompts, or a chat.
 
     Args:
@@ -71,12 +89,15 @@ def generate(
         stream: return an iterator of pieces of the answer (for one prompt).
         num_crops: limit of tiles for the images, or one per image in their nesting.
         device: where a model named by folder or id is loaded: by default CUDA where there is one, else the CPU.
-        dtype: of its weights: by default bfloat16 on CUDA and float32 on the CPU; "auto" as stored.
+        dtype: of its weights: by default float32 on the CPU and bfloat16 elsewhere (float16 or float32, with a warning,
+            where the device has none); "auto" as stored.
         rope_mode: "reference" or "pinned", see ``phi35.generation.decoding``.
+        return_logprobs: return ``Answer`` objects, with tokens and their log-probabilities, in place of texts.
         **unknown: refused, with the nearest known names.
 
     Returns:
-        str, list of str for a list of prompts, or an iterator of str with ``stream=True``.
+        str, list of str for a list of prompts, or an iterator of str with ``stream=True``; with ``return_logprobs``
+        an ``Answer`` or a list of them.
 
     Raises:
         ValueError: for unknown keywords and bad arguments, naming them.
@@ -86,6 +107,8 @@ def generate(
     if (prompt is None) == (messages is None):
         raise ValueError("give exactly one of prompt= and messages=")
     single = messages is not None or isinstance(prompt, str)
+    if stream and return_logprobs:
+        raise ValueError("return_logprobs=True gives finished answers: leave out stream=True")
     if stream and not single:
         raise ValueError("stream=True takes one prompt: a list of prompts gives a list of finished texts")
     loaded, processor = resolve_model(model, device, dtype)
@@ -94,8 +117,8 @@ def generate(
         texts, images = _chat_text(processor, messages, images, system)
     else:
         assert prompt is not None
-        texts = _prompt_texts(processor, prompt, images, system)
-    _refuse_tags_without_images(processor, texts)
+        texts = prompt_texts(processor, prompt, images, system)
+    refuse_tags_without_images(processor, texts)
     batch = processor(texts, images=images, num_crops=num_crops)
     stops = stop_strings(stop)
     decoding = Decoding(
@@ -111,6 +134,7 @@ def generate(
         stop=stops,
         seed=seed,
         rope_mode=rope_mode,
+        return_logprobs=return_logprobs,
     )
     if stream:
         return _pieces(decoding, processor, stops)
@@ -118,7 +142,13 @@ def generate(
         decoding.step()
     rows = [decoding.new_ids(row) for row in range(len(decoding.rows))]
     answers = [text_of(processor.tokenizer, ids, stops) for ids in rows]
-    return answers[0] if single else answers
+    if not return_logprobs:
+        return answers[0] if single else answers
+    full = [
+        Answer(text, tuple(ids), tuple(decoding.logprobs(row)))
+        for row, (text, ids) in enumerate(zip(answers, rows, strict=True))
+    ]
+    return full[0] if single else full
 
 
 def resolve_model(
@@ -186,9 +216,10 @@ def _refuse(unknown: Mapping[str, Any]) -> None:
     raise ValueError(f"unknown keyword {', '.join(hints)}; known are {', '.join(known)}")
 
 
-def _prompt_texts(
+def prompt_texts(
     processor: Processor, prompt: str | Sequence[str], images: Sequence[Any] | None, system: str | None
 ) -> str | list[str]:
+    """Prompts as the model reads them: wrapped in a chat where they spell no role tags themselves."""
     if isinstance(prompt, str):
         return _prompt_text(processor, prompt, _count(images), system)
     if not isinstance(prompt, list | tuple) or not prompt:
@@ -219,7 +250,7 @@ def _chat_text(
     return _rendered(processor, flat, _count(images), system), images
 
 
-def _refuse_tags_without_images(processor: Processor, texts: str | list[str]) -> None:
+def refuse_tags_without_images(processor: Processor, texts: str | list[str]) -> None:
     """To a text-only processor a tag is text like any other; here its writer surely meant a picture."""
     tag = IMAGE_TAG.search(texts if isinstance(texts, str) else "\n".join(texts))
     if tag and processor.config.vision is None:

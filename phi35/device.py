@@ -1,7 +1,10 @@
 """Which device and dtype a model is put on, and the checks of what the caller asked for."""
 
+import warnings
+
 import torch
 
+HALVES = (torch.bfloat16, torch.float16)
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -40,15 +43,51 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for, or by default bfloat16 on CUDA devices that compute in it and float32 elsewhere.
+    """The dtype asked for, or by default float32 on the CPU and 16 bits elsewhere; what the device cannot do, another.
+
+    Returns:
+        bfloat16 where it was asked for, or is the default, and the device computes in it; else float16 in its place,
+        and float32 where there is no float16 either, with a warning. float64 on MPS, which has none, is an error.
 
     Raises:
-        ValueError: for anything but float32, bfloat16, float16 or float64.
+        ValueError: for anything but float32, bfloat16, float16 or float64, or a float64 that the device lacks.
     """
     if dtype is None:
-        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if bfloat16 else torch.float32
-    picked = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if picked is None or picked not in DTYPES.values():
-        raise ValueError(f"unknown dtype {dtype!r}: expected one of {sorted(DTYPES)} or the torch dtype")
+        picked = torch.float32 if device.type in ("cpu", "meta") else torch.bfloat16
+    else:
+        found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        if found is None or found not in DTYPES.values():
+            raise ValueError(f"unknown dtype {dtype!r}: expected one of {sorted(DTYPES)} or the torch dtype")
+        picked = found
+    if picked == torch.float64 and device.type == "mps":
+        raise ValueError("MPS devices have no float64: use dtype='float32' or device='cpu'")
+    if device.type in ("cpu", "meta") or picked not in (torch.bfloat16, torch.float16):
+        return picked
+    return computed_dtype(picked, device.type, tuple(kind for kind in HALVES if _computes_in(device, kind)))
+
+
+def computed_dtype(wanted: torch.dtype, device_type: str, available: tuple[torch.dtype, ...]) -> torch.dtype:
+    """The dtype wanted if the device computes in it, else the best that it does, with a warning.
+
+    Args:
+        wanted: a 16-bit dtype.
+        device_type: for the message.
+        available: 16-bit dtypes that the device computes in.
+    """
+    if wanted in available:
+        return wanted
+    picked = torch.float16 if torch.float16 in available and wanted == torch.bfloat16 else torch.float32
+    names = [str(kind).removeprefix("torch.") for kind in (wanted, picked)]
+    warnings.warn(f"this {device_type} device does not compute in {names[0]}: taking {names[1]} instead", stacklevel=3)
     return picked
+
+
+def _computes_in(device: torch.device, kind: torch.dtype) -> bool:
+    """Whether a device has a 16-bit dtype of its own, not by emulation."""
+    if device.type == "cuda":
+        return kind == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        values = torch.ones(2, 2, dtype=kind, device=device)
+        return bool((values @ values == 2).all())
+    except (RuntimeError, TypeError):
+        return False

@@ -96,7 +96,7 @@ class Conversation:
         tags = "".join(image_tag(number + 1) + "\n" for number in range(self._num_shown, len(self.images)))
         turn = {"role": "user", "content": tags + question}
         pieces = []
-        stream = api.generate(
+        stream: Any = api.generate(
             messages=[*self.messages, turn],
             images=self.images or None,
             model=self.model,

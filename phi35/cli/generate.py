@@ -1,6 +1,6 @@
 """``phi35 generate``: one prompt, its pictures, and the answer on standard output as it comes."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +28,7 @@ def generate(
     """Answer a prompt, with or without pictures."""
     from phi35 import api
 
-    pieces = api.generate(
+    pieces: Any = api.generate(
         prompt,
         images=image or None,
         model=model,

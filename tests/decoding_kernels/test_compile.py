@@ -103,3 +103,7 @@ def test_sampler_router_and_batched_kernels_compile(tmp_path: Path) -> None:
     arguments |= {"lengths": "*i64", "rope_long": "*i1", "capacity": "i32"}
     constants = {"NUM_HEADS": 32, "NUM_KV": 32, "HALF": 48, "PADDED_HALF": 64}
     compile_kernel(batched._rotate_kernel, arguments, constants, 1)
+    arguments = typed("*bf16", "projected", "keys", "values") | typed("*i32", "positions", "places", "use_long")
+    arguments |= typed("*fp32", "inv_freq", "scaling") | {"slots": "i32"}
+    constants |= {"HEADS": batched.HEADS_PER_PROGRAM}
+    compile_kernel(batched._rotate_prompt_kernel, arguments, constants, 2)

@@ -33,6 +33,13 @@ def test_float32_products_and_attention_equal_the_plain_form(report: dict[str, A
     assert max(report[case].values()) < 1e-6
 
 
+@pytest.mark.parametrize("case", ["prompt", "prompt_grouped"])
+def test_prompts_are_rotated_and_stored_as_the_plain_form_does(report: dict[str, Any], case: str) -> None:
+    # Measured: at most 4.0e-8.
+    assert set(report[case]) == {"projected", "keys", "values"}
+    assert max(report[case].values()) < 1e-6
+
+
 @pytest.mark.parametrize("case", ["half", "grouped_half"])
 def test_float16_equals_the_plain_form_within_rounding(report: dict[str, Any], case: str) -> None:
     # Measured: at most 8.8e-4; half of float16's spacing is 4.9e-4.

@@ -18,7 +18,7 @@ def compile_kernel(kernel: Any, arguments: dict[str, str], constants: dict[str, 
     assert set(arguments) | set(constants) == set(kernel.arg_names)
     places = {name: (kernel.arg_names.index(name),) for name in kernel.arg_names}
     odd = ("fp32", "fp64")
-    aligned = [name for name, kind in arguments.items() if kind not in odd and name != "capacity"]
+    aligned = [name for name, kind in arguments.items() if kind not in odd and name not in ("capacity", "slots")]
     source = ASTSource(
         kernel,
         signature=signature,

@@ -17,7 +17,7 @@ from moe.layer import SparseMoE
 from phi35 import presets
 from phi35.generation.fast_step import DecodeStep
 from phi35.generation.sampling import SamplingOptions, next_tokens, row_generators
-from phi35.kernels import attention, reference, sampling, vector
+from phi35.kernels import attention, batched, reference, sampling, vector
 from phi35.kernels.attention import AttentionScratch
 from phi35.kernels.configs import AttentionConfig, VectorConfig
 from phi35.kernels.operands import Norm, Rope, StepState
@@ -112,6 +112,20 @@ def attention_case(
     errors["attention"] = relative(*outs)
     errors["arrived"] = float(scratch.arrived.abs().sum())
     return errors
+
+
+def prompt_case(kv: int, group: int, head_dim: int) -> dict[str, float]:
+    """Rotation and cache store of packed prompts, two rows under different factors, one begun before."""
+    new, slots, heads = draw(6), 19, kv * group
+    places = torch.tensor([2] * 5 + [0] * 7, dtype=torch.int32)
+    positions = torch.cat([torch.arange(11, 16), torch.arange(7)]).int()
+    use_long = (places == 2).int()
+    rope = Rope(torch.rand(2, head_dim // 2, generator=torch.Generator().manual_seed(3)), torch.tensor([1.0, 1.2]))
+    mine = [new(12, (heads + 2 * kv) * head_dim), *(new(3, kv, slots, head_dim) for _ in range(2))]
+    plain = [value.clone() for value in mine]
+    for rotate, (projected, keys, values) in ((batched.rotate_prompt, mine), (reference.rotate_prompt, plain)):
+        rotate(projected, rope, positions, places, use_long, keys, values, heads)
+    return {name: relative(*pair) for name, *pair in zip(("projected", "keys", "values"), mine, plain, strict=True)}
 
 
 def sampling_case(changes: dict[str, float], rounded: bool) -> dict[str, float]:
@@ -216,6 +230,8 @@ if __name__ == "__main__":
         "grouped": attention_case(2, 4, 16, 4, None, single),
         "grouped_window": attention_case(1, 3, 24, 2, 20, single),
         "grouped_half": attention_case(2, 2, 16, 2, None, half),
+        "prompt": prompt_case(2, 1, 24),
+        "prompt_grouped": prompt_case(2, 3, 16),
         "sparsemixer": sparse_case("sparsemixer", False, "layernorm"),
         "sparsemixer_biased": sparse_case("sparsemixer", True, "rmsnorm"),
         "topk": sparse_case("topk", False, "layernorm"),
