@@ -46,17 +46,14 @@ class TritonRows:
 
     def layouts(self, plan: ExchangePlan, table: torch.Tensor) -> list[Any]:
         """See ``RowProducts``; a chunk's is a ``RoutingPlan`` whose pairs are the rows themselves."""
-        offset = 0
-        views: list[list[torch.Tensor]] = []
-        for lists in self._lists(plan):
-            views.append([])
-            for one in lists:
-                views[-1].append(table[offset : offset + len(one)])
-                offset += len(one) + -len(one) % _ALIGNMENT
+        lists = self._lists(plan)
+        sizes = [size for part in lists for one in part for size in (len(one), -len(one) % _ALIGNMENT)]
+        views = iter(table.split(sizes)[::2])
+        whole, *chunks = ([next(views) for _ in part] for part in lists)
         nothing = table[:0]
         rows = torch.arange(plan.num_arrived, dtype=torch.int32, device=table.device)
-        layouts: list[Any] = [tuple(views[0])]
-        for chunk, (starts, counts, tile_starts, tile_experts) in zip(plan.chunks, views[1:], strict=True):
+        layouts: list[Any] = [tuple(whole)]
+        for chunk, (starts, counts, tile_starts, tile_experts) in zip(plan.chunks, chunks, strict=True):
             layouts.append(
                 RoutingPlan(
                     places=nothing,
