@@ -296,10 +296,14 @@ def build_ours(case: Any, device: Any, marks: Marks) -> tuple[Callable[[list[Any
         **case.settings,
     ).resolve(world_size=1, num_experts=model_config.num_local_experts)
     if "attention" in case.plain:
-        engines.fast_attention = lambda device: contextlib.nullcontext()  # type: ignore[assignment]
+        engines.fast_attention = flash_attention  # type: ignore[assignment]
     model = create(model_config, device=place.device, dtype="bfloat16", seed=0)
     freeze_parameters(model, config)
     engine = engines.Engine(model, config, place)
+    for module in model.modules():
+        if hasattr(type(module), "fused") and case.plain:
+            kind = "loss" if module is model.lm_head else "norms"
+            module.fused = module.fused and kind not in case.plain
     forward, backward, update = engine.deepspeed.forward, engine.deepspeed.backward, engine.deepspeed.step
     engine.deepspeed.forward = marked(forward, "forward", marks)
     engine.deepspeed.backward = marked(backward, "backward", marks)
@@ -312,6 +316,13 @@ def build_ours(case: Any, device: Any, marks: Marks) -> tuple[Callable[[list[Any
         return engine.step(batches, counts, sum(counts)).loss
 
     return step, count_parameters(model).total
+
+
+def flash_attention(device: Any) -> Any:
+    """Within it, attention takes torch's flash attention."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def marked(function: Callable[..., Any], name: str, marks: Marks) -> Callable[..., Any]:

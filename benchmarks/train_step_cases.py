@@ -32,7 +32,8 @@ class Case:
         micro_batches: per step.
         settings: fields of ``TrainingConfig``; for transformers "liger" and "gradient_checkpointing".
         images: pictures of 672x672 a sample (five crops each).
-        plain: switches a part of ours off, for the table of what each gives: "loss", "attention".
+        plain: parts of ours to switch off, for the table of what each gives: "loss", "norms" (with gates and
+            rotations), "attention" (flash attention in place of cuDNN's).
     """
 
     group: str
@@ -83,7 +84,7 @@ CASES: dict[str, Case] = {
         rows=1,
         settings={"freeze": ("experts",), "gradient_checkpointing": True},
     ),
-    # What each part gives: the first has none of them.
+    # What each part gives. First without any, then with all but one, then other choices.
     "mini plain": Case(
         group="mini parts",
         settings={"kernels": "torch", "zero_stage": 1, "gradient_checkpointing": True},
@@ -92,9 +93,11 @@ CASES: dict[str, Case] = {
     "mini plain, own masters": Case(
         group="mini parts", settings={"kernels": "torch", "gradient_checkpointing": True}, plain=("attention",)
     ),
-    "mini plain, cudnn attention": Case(
-        group="mini parts", settings={"kernels": "torch", "gradient_checkpointing": True}
-    ),
+    "mini but loss": Case(group="mini parts", plain=("loss",)),
+    "mini but attention": Case(group="mini parts", plain=("attention",)),
+    "mini x2 but norms": Case(group="mini parts", rows=2, plain=("norms",)),
+    "mini x2": Case(group="mini parts", rows=2),
+    "mini but masters (ZeRO-1)": Case(group="mini parts", rows=2, settings={"zero_stage": 1}),
     "mini compile": Case(group="mini parts", settings={"compile": True}),
     "mini compile, recompute": Case(group="mini parts", settings={"compile": True, "gradient_checkpointing": True}),
     "mini recompute": Case(group="mini parts", settings={"gradient_checkpointing": True}),
