@@ -1,6 +1,10 @@
 """Sharded sparse layers against whole ones, on gloo processes: values, gradients, empty experts and empty ranks."""
 
 import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +68,7 @@ def compare_with_whole_layer(rank, world_size, cases):
         if case.get("own_forward"):
             whole.experts.__class__ = OwnForward
         if case.get("quantized"):
-            twin = whole.experts.quantized_twin(WeightFormat(bits=4, group_size=None), torch.float32)
+            twin = whole.experts.quantized_twin(WeightFormat(bits=4, group_size=None), torch.bfloat16)
             twin.draw_codes(0.1, torch.Generator().manual_seed(1))
             whole.experts = twin
         if case.get("frozen"):
@@ -169,6 +173,50 @@ def test_values_and_gradients_equal_a_whole_layer(world_size):
         if "forced" not in case:
             used = torch.cat([used for _, used in results]).unique()
             assert len(used) == case.get("config", {}).get("num_local_experts", CONFIG.num_local_experts)
+
+
+def log_order(rank, world_size):
+    """What a pass over two chunks does, in order."""
+    from moe.expert_exchange import RowExchange
+    from moe.row_products import TorchRows
+
+    events = []
+
+    def logged(owner, name):
+        function = getattr(owner, name)
+
+        def run(*arguments):
+            events.append(name)
+            return function(*arguments)
+
+        setattr(owner, name, run)
+
+    for owner, names in {
+        RowExchange: ("out", "home"),
+        TorchRows: ("forward", "rows_backward", "weights_backward"),
+    }.items():
+        for name in names:
+            logged(owner, name)
+    torch.manual_seed(0)
+    layer = expert_parallel.shard(SparseMoE(CONFIG).train(), 2, 2)
+    run_layer(layer, rank, 12, None)
+    return events
+
+
+def test_rows_travel_under_the_products_of_other_rows():
+    there = ["out", "out"]
+    forward = there + ["forward", "home"] * 2
+    backward = there + ["rows_backward", "home"] * 2 + ["weights_backward"] * 2
+    assert run_distributed(log_order, 2) == [forward + backward] * 2
+
+
+def test_deepspeed_is_known_in_one_place():
+    folder = Path(expert_parallel.__file__).parent
+    sources = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.py")}
+    importing = [name for name, text in sources.items() if re.search(r"^\s*(from|import) deepspeed\b", text, re.M)]
+    assert importing == ["deepspeed_adapter.py"]
+    code = "import sys, moe.expert_parallel, moe.kernels.expert_rows; assert 'deepspeed' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder.parent)
 
 
 def inspect_shards(rank, world_size):

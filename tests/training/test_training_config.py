@@ -72,6 +72,7 @@ def test_resolve_fills_open_fields():
         ({"ep_size": 2}, 2, 0, "dense"),
         ({"ep_size": 3, "global_batch_size": 6}, 3, 16, "must divide"),
         ({"ep_size": 2, "zero_stage": 3}, 2, 4, "zero_stage"),
+        ({"ep_size": 2, "compile": True}, 2, 4, "compile=true takes whole layers"),
         ({"zero_stage": 1, "dtype": "bfloat16", "optimizer_dtype": "bfloat16"}, 1, 0, "zero_stage=0"),
         ({"dtype": "bfloat16", "optimizer_dtype": "bfloat16"}, 2, 0, "zero_stage=0"),
         ({"zero_stage": 3, "gradient_checkpointing": "selective"}, 2, 0, "selective"),
