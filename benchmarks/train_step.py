@@ -258,10 +258,11 @@ class Marks:
         else:
             self.moments.append((name, time.perf_counter()))
 
-    def spans(self, moments: list[tuple[str, Any]]) -> dict[str, float]:
-        """Milliseconds of each phase of a step, added up over micro-batches, and "total"."""
+    def spans(self, moments: list[tuple[str, Any]] | None = None) -> dict[str, float]:
+        """Milliseconds of each phase of a step (the last one's by default), added up over micro-batches, and "total"."""
         import torch
 
+        moments = self.moments if moments is None else moments
         if self.gpu:
             torch.cuda.synchronize()
         spans: dict[str, float] = {}
