@@ -102,8 +102,7 @@ class Run:
             if index == warmup and self.gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            self.marks.clear()
-            self.marks.add("start")
+            self.marks.begin()
             result = self.step()
             self.marks.add("end")
             if index >= warmup:

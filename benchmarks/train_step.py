@@ -259,7 +259,7 @@ class Marks:
             self.moments.append((name, time.perf_counter()))
 
     def spans(self, moments: list[tuple[str, Any]] | None = None) -> dict[str, float]:
-        """Milliseconds of each phase of a step (the last one's by default), added up over micro-batches, and "total"."""
+        """Milliseconds of each phase of a step (by default the last), summed over micro-batches, and "total"."""
         import torch
 
         moments = self.moments if moments is None else moments
