@@ -67,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="samples of a GPU's batch (default: 4; 1 with --full)")
     parser.add_argument("--length", type=int, help="tokens of a sample (default: 4096; 32 when tiny)")
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4], help="pieces of the exchange, in turn")
+    parser.add_argument("--waves", type=int, nargs="+", default=[4], help="of products beside an exchange, in turn")
     parser.add_argument("--zero-stage", type=int, default=0, choices=(0, 1, 2))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the run")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
@@ -152,7 +153,11 @@ def run_part(arguments: argparse.Namespace) -> None:
         result = {"one_gpu": run.time(arguments.warmup, arguments.steps) | result}
     else:
         chunks = [arguments.chunks[-1]] if arguments.full else arguments.chunks
-        result["spread"] = [run.time_exchanges(count, arguments.warmup, arguments.steps) for count in chunks]
+        result["spread"] = [
+            run.time_exchanges(count, waves, arguments.warmup, arguments.steps)
+            for waves in arguments.waves
+            for count in chunks
+        ]
         result["exchange_alone"] = run.time_exchange_alone()
         result["environment"] = describe(arguments.commit) | {"world_size": place.world_size, "needed_gib": needed}
         result["environment"]["command"] = " ".join([LAUNCH, *sys.argv[1 : sys.argv.index("--part")]])
@@ -188,15 +193,15 @@ def leave_with_parent() -> None:
 def report(record: dict[str, Any]) -> None:
     """The tables."""
     one = record.get("one_gpu")
-    head = f"{'':22s}{'tokens/s/GPU':>13s}{'of one':>8s}{'ms':>9s}{'forward':>9s}{'backward':>9s}{'update':>8s}"
+    head = f"{'':26s}{'tokens/s/GPU':>13s}{'of one':>8s}{'ms':>9s}{'forward':>9s}{'backward':>9s}{'update':>8s}"
     print(head + f"{'waited':>8s}{'peak GiB':>9s}{'load':>6s}")
     rows = [("one GPU", one)] if one else []
-    rows += [(f"spread, {row['chunks']} chunk(s)", row) for row in record["spread"]]
+    rows += [(f"spread, {row['chunks']} chunks, {row['waves']} waves", row) for row in record["spread"]]
     for name, row in rows:
         share = f"{row['tokens_per_second_per_gpu'] / one['tokens_per_second_per_gpu']:.1%}" if one else ""
         row["of_one_gpu"] = share
         ms, peak = row["ms"], row["peak_gib"]
-        line = f"{name:22s}{row['tokens_per_second_per_gpu']:13,d}{share:>8s}{ms['total']:9.1f}{ms['forward']:9.1f}"
+        line = f"{name:26s}{row['tokens_per_second_per_gpu']:13,d}{share:>8s}{ms['total']:9.1f}{ms['forward']:9.1f}"
         line += f"{ms['backward']:9.1f}{ms['update']:8.1f}"
         line += f"{row['waited_share']:8.1%}" if "waited_share" in row else f"{'':8s}"
         print(line + (f"{peak:9.1f}" if peak is not None else f"{'':9s}") + f"{row['load_max_over_mean']:6.2f}")

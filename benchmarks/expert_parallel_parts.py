@@ -4,21 +4,21 @@ import copy
 import functools
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-
-from train_step import PEAK, Marks, marked  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import phi35  # noqa: E402
 from moe import deepspeed_adapter, expert_parallel  # noqa: E402
 from moe.exchange_plan import CountExchange, ExchangePlan  # noqa: E402
 from moe.expert_exchange import ExchangeClock, RowExchange  # noqa: E402
+from moe.kernels import expert_rows  # noqa: E402
 from moe.kernels.grouped_gemm import HALF_ROWS  # noqa: E402
 from moe.layer import SparseMoE  # noqa: E402
 from phi35.meta_model import meta_model  # noqa: E402
@@ -27,6 +27,55 @@ from phi35.training.config import TrainingConfig  # noqa: E402
 from phi35.training.engine import Engine  # noqa: E402
 from phi35.training.environment import Environment  # noqa: E402
 from phi35.training.flops import TrainingFlops, Work  # noqa: E402
+
+PEAK = 989.4e12
+"""Operations a second of an H100 or H200 in bfloat16, by the data sheet."""
+
+
+class Marks:
+    """Named moments of steps, as events on the device, which the host does not wait for, or a CPU's clock."""
+
+    def __init__(self, gpu: bool) -> None:
+        self.gpu = gpu
+        self.steps: list[list[tuple[str, Any]]] = []
+
+    def begin(self) -> None:
+        """A step begins here."""
+        self.steps.append([])
+        self.add("start")
+
+    def add(self, name: str) -> None:
+        """The phase called ``name`` ends here."""
+        if self.gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.steps[-1].append((name, event))
+        else:
+            self.steps[-1].append((name, time.perf_counter()))
+
+    def after(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The function, with the phase called ``name`` ending where it returns."""
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            self.add(name)
+            return result
+
+        return run
+
+    def spans(self) -> list[dict[str, float]]:
+        """Milliseconds of each phase of each step, and "total"; waits for the device."""
+        if self.gpu:
+            torch.cuda.synchronize()
+        found = []
+        for moments in self.steps:
+            spans: dict[str, float] = {}
+            for (_, before), (name, after) in zip(moments, moments[1:], strict=False):
+                spans[name] = spans.get(name, 0.0) + (
+                    before.elapsed_time(after) if self.gpu else (after - before) * 1000
+                )
+            found.append(spans | {"total": sum(spans.values())})
+        return found
 
 
 def training_config(options: Any, world_size: int, gpu: bool) -> TrainingConfig:
@@ -72,15 +121,15 @@ class Run:
         self.gpu = place.device.type == "cuda"
         self.config = training_config(options, place.world_size, self.gpu)
         self.model_config = read_model_config(self.config)
-        clock = Marks(self.gpu)
-        clock.add("start")
+        began = time.perf_counter()
         model = build_model(self.config, self.model_config, None, place.device)
-        clock.add("build")
-        self.build_seconds = clock.spans()["build"] / 1000
+        if self.gpu:
+            torch.cuda.synchronize()
+        self.build_seconds = time.perf_counter() - began
         self.engine = Engine(model, self.config, place)
         self.marks = Marks(self.gpu)
         for name, phase in (("forward", "forward"), ("backward", "backward"), ("step", "update")):
-            setattr(self.engine.deepspeed, name, marked(getattr(self.engine.deepspeed, name), phase, self.marks))
+            setattr(self.engine.deepspeed, name, self.marks.after(getattr(self.engine.deepspeed, name), phase))
         self.layers = [module for module in model.modules() if isinstance(module, SparseMoE)]
         self.generator = torch.Generator(place.device).manual_seed(100 + place.rank)
         self.num_steps = 0
@@ -97,17 +146,16 @@ class Run:
 
     def time(self, warmup: int, steps: int) -> dict[str, Any]:
         """Medians over steps."""
-        spans, result = [], None
+        self.marks.steps, result = [], None
         for index in range(warmup + steps):
             if index == warmup and self.gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             self.marks.begin()
             result = self.step()
-            self.marks.add("end")
-            if index >= warmup:
-                spans.append(self.marks.spans())
+            self.marks.add("other")
         assert result is not None
+        spans = self.marks.spans()[warmup:]
         numbers = {key: statistics.median(one[key] for one in spans) for key in spans[0]}
         loads = torch.stack([routing.expert_indices.flatten().bincount(minlength=self.model_config.num_local_experts)
                              for routing in result.outputs[0].router_outputs]).float()  # fmt: skip
@@ -130,17 +178,19 @@ class Run:
         )
         return TrainingFlops(self.model_config, self.config.freeze)(work)
 
-    def time_exchanges(self, num_chunks: int, warmup: int, steps: int) -> dict[str, Any]:
-        """The step with this many chunks, and how long its products waited for rows."""
+    def time_exchanges(self, num_chunks: int, waves: int, warmup: int, steps: int) -> dict[str, Any]:
+        """The step with this many chunks and waves, and how long its products waited for rows."""
+        expert_rows.OVERLAPPED_WAVES = waves
         for layer in self.layers:
             layer.num_chunks = num_chunks  # type: ignore[attr-defined, assignment]
         result = self.time(warmup, steps)
-        result["chunks"] = num_chunks
+        result |= {"chunks": num_chunks, "waves": waves}
         if not self.gpu:
             return result
         clocks = [ExchangeClock() for _ in self.layers]
         for layer, clock in zip(self.layers, clocks, strict=True):
             layer.clock = clock  # type: ignore[attr-defined, assignment]
+        self.marks.begin()
         self.step()
         torch.cuda.synchronize()
         waited = sum(before.elapsed_time(after) for clock in clocks for before, after in clock.waits)
@@ -172,15 +222,13 @@ class Run:
                 exchange.out(chunk, (away, arrived), weights)()
                 exchange.home(chunk, (arrived, away), weights[::-1])()
 
-        spent = []
+        marks = Marks(self.gpu)
         for _ in range(rounds + 3):
             distributed.barrier()
-            marks = Marks(self.gpu)
-            marks.add("start")
+            marks.begin()
             layer_messages()
-            marks.add("end")
-            spent.append(marks.spans()["total"])
-        per_layer = statistics.median(spent[3:])
+            marks.add("messages")
+        per_layer = statistics.median(one["total"] for one in marks.spans()[3:])
         crossed = 4 * plan.num_away * shape[0] * dtype.itemsize
         return {
             "ms_per_layer": round(per_layer, 3),

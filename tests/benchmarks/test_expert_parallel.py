@@ -26,7 +26,7 @@ def measure(rank, world_size, changes):
     place = environment.start("cpu")
     run = parts.Run(options(**changes), place)
     assert [layer.ep_size for layer in run.layers] == [world_size] * 2
-    timed = run.time_exchanges(2, 1, 2)
+    timed = run.time_exchanges(2, 4, 1, 2)
     return timed, run.time_exchange_alone(2), parts.check(options(**changes), place)
 
 
