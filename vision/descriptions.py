@@ -52,12 +52,13 @@ class Alternatives:
         return sum(len(content) for turns in self.messages for _, content in turns) // len(self.messages)
 
 
-def parse_description(description: Any, num_images: int | None = None) -> Alternatives:
+def parse_description(description: Any, num_images: int | None = None, *, check: bool = True) -> Alternatives:
     """Checks and unpacks a sample's JSON.
 
     Args:
         description: the parsed JSON.
         num_images: pictures that the sample holds, to compare with the tags; None leaves that out.
+        check: False leaves out ``check_turns``, for those who will ask it about the conversation that is drawn.
 
     Raises:
         SkippedSample: "bad_description" if it has not one of the two forms above, or names other pictures than the
@@ -81,7 +82,9 @@ def parse_description(description: Any, num_images: int | None = None) -> Altern
             "bad_description",
             f"a sample's JSON needs turns in each conversation, weights >= 0 and draws in 1..{MAX_DRAWS}",
         )
-    for turns in messages:
+    if not all(isinstance(text, str) for turns in messages for turn in turns for text in turn):
+        raise SkippedSample("bad_description", "roles and contents of a sample's turns must be text")
+    for turns in messages if check else ():
         check_turns(turns, num_images)
     return Alternatives(messages, tuple(itertools.accumulate(weights)), draws)
 
@@ -100,8 +103,6 @@ def check_turns(messages: Messages, num_images: int | None = None) -> set[int]:
     for role, content in messages:
         if role not in _ROLES:
             raise SkippedSample("bad_description", f"a turn's role must be system, user or assistant, got {role!r}")
-        if not isinstance(content, str):
-            raise SkippedSample("bad_description", f"a turn's content must be a str, got {type(content).__name__}")
         if not _is_unicode(content):
             raise SkippedSample("bad_description", "a turn's content holds half a surrogate pair, which is no text")
         if _CONTROL.search(content):

@@ -246,6 +246,8 @@ def _begin(folder: Path, records: RecordSource, settings: PrepareSettings, root:
     digest = hashlib.sha256(json.dumps([stats, asdict(settings), str(root)]).encode()).hexdigest()
     plan = folder / "plan.json"
     if plan.is_file() and json.loads(plan.read_text()).get("digest") == digest:
+        for unfinished in folder.glob("*.partial"):
+            unfinished.unlink()
         return
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():

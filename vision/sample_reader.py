@@ -33,8 +33,8 @@ class SampleReader:
         fast_jpeg: let the JPEG decoder reduce pictures of more than twice the needed size: three times as fast for
             photographs of many megapixels, with other pixels (measured: by half a grey level in the mean, by 26 at
             the sharpest edge).
-        cache_decoded: decode every picture once, here and now, and keep it (equal pictures once) in memory that
-            worker processes share. For data whose pixels fit into memory.
+        cache_decoded: parse every description and decode every picture once, here and now, and keep them (equal
+            pictures once) in memory that worker processes share. For data whose pixels fit into memory.
 
     Attributes:
         draws: (N,) visits of each sample in an epoch; 0 for those that the index tells to be unusable.
@@ -65,6 +65,7 @@ class SampleReader:
             known: dict[bytes, np.ndarray] = {}
             for number in np.flatnonzero(self.draws).tolist():
                 try:
+                    self._parsed[number] = self._alternatives(number)
                     self._images[number] = self._decoded(number, known)
                 except SkippedSample as error:
                     self._images[number] = error
@@ -126,12 +127,11 @@ class SampleReader:
         return (long, short) if width >= height else (short, long)
 
     def _alternatives(self, number: int) -> Alternatives:
+        """The sample's conversations, checked where they are kept; else the collator checks the one that is drawn."""
         if self._parsed is not None and number in self._parsed:
             return self._parsed[number]
-        parsed = parse_description(self.index.describe(number), int(self.index.table.num_images[number]))
-        if self._parsed is not None:
-            self._parsed[number] = parsed
-        return parsed
+        num_images = int(self.index.table.num_images[number])
+        return parse_description(self.index.describe(number), num_images, check=self._parsed is not None)
 
     def _decoded(self, number: int, known: dict[bytes, np.ndarray]) -> tuple[np.ndarray, ...]:
         """The sample's pictures as (H, W, 3) uint8, equal files decoded once."""
