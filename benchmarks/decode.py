@@ -104,7 +104,11 @@ def main() -> None:
         for model in chosen:
             attempt(record, model, lambda m=model: decode_steps.check_steps(m, PRESETS[m]))
             kernels = record.get("kernels", [])
-            attempt(record, model, lambda m=model, k=kernels: decode_steps.time_steps(m, PRESETS[m], k, rate))
+            attempt(
+                record,
+                model,
+                lambda m=model, k=kernels: decode_steps.time_steps(m, PRESETS[m], k, rate, arguments.sweep),
+            )
     if not arguments.kernels and not arguments.step:
         table(record, arguments, device)
     line = json.dumps(record)

@@ -371,7 +371,7 @@ BUILDERS: dict[str, dict[str, Callable[[ModelConfig, int | None], Case]]] = {
         "down": lambda c, n: add_case("down", 3072, 8192, False, n, (2, 8), (2, 4), (1, 4), (4, 8), (1, 8)),
         "logits": logits_case,
         "attend 640": lambda c, n: attention_case(
-            "attend 640", c, 1, 640, n, (8, 32, 4, 3), (4, 32, 4, 3), (8, 16, 4, 3), (8, 32, 2, 3), (4, 64, 8, 2)
+            "attend 640", c, 1, 640, n, (8, 32, 4, 3), (8, 32, 4, 2), (8, 32, 2, 3), (4, 32, 4, 3), (4, 64, 8, 2)
         ),
         "attend 32k": lambda c, n: attention_case(
             "attend 32k", c, 1, 32768, n, (8, 32, 4, 3), (8, 32, 4, 4), (16, 32, 4, 3), (8, 16, 4, 4), (8, 64, 8, 3)
@@ -388,10 +388,10 @@ BUILDERS: dict[str, dict[str, Callable[[ModelConfig, int | None], Case]]] = {
         "expert_down": lambda c, n: expert_cases("expert_down", c, n),
         "logits": logits_case,
         "attend 640": lambda c, n: attention_case(
-            "attend 640", c, 1, 640, n, (8, 64, 4, 3), (16, 32, 4, 3), (32, 32, 4, 3), (8, 32, 4, 3)
+            "attend 640", c, 1, 640, n, (8, 64, 4, 3), (8, 64, 4, 2), (4, 64, 4, 3), (16, 32, 4, 3)
         ),
         "attend 32k": lambda c, n: attention_case(
-            "attend 32k", c, 1, 32768, n, (32, 64, 4, 3), (32, 128, 4, 2), (32, 32, 4, 4), (64, 64, 4, 3)
+            "attend 32k", c, 1, 32768, n, (32, 64, 4, 3), (32, 64, 4, 4), (16, 128, 8, 3), (32, 64, 8, 3)
         ),
     },
 }

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,46 @@ def step_bytes(config: ModelConfig, length: float, batch: int = 1) -> float:
     return 2 * (total + batch * kv * length)
 
 
+RESIDENT = {(4, 4): 528, (8, 4): 396, (4, 8): 264, (2, 8): 528, (2, 4): 528, (4, 2): 924}
+"""Programs of a config (rows, warps) that 132 multiprocessors hold at once, by their registers."""
+
+
+def with_waves(tuning: StepTuning, ahead: int) -> StepTuning:
+    """The same shapes, with so many waves of weights asked for ahead."""
+    changes = {}
+    for name in set(FIELDS.values()) - {"expert_gate_up"}:
+        config = getattr(tuning, name)
+        wave = RESIDENT.get((config.rows, config.num_warps), 396) if ahead else 0
+        changes[name] = replace(config, wave=wave, ahead=max(1, ahead))
+    return replace(tuning, **changes)
+
+
+def variants(base: StepTuning) -> dict[str, StepTuning]:
+    """What prefetching gives, part by part, and shapes of attention over few keys."""
+    mib = 2**20
+    bare = with_waves(replace(base, ahead_bytes=0), 0)
+    found = {
+        "bare": bare,
+        "attention 19": replace(bare, ahead_bytes=19 * mib),
+        "attention 32": replace(bare, ahead_bytes=32 * mib),
+        "attention 44": replace(bare, ahead_bytes=44 * mib),
+        "waves 1": with_waves(bare, 1),
+        "waves 2": with_waves(bare, 2),
+    }
+    for size in (19, 32):
+        for ahead in (1, 2):
+            found[f"both {size} {ahead}"] = replace(with_waves(bare, ahead), ahead_bytes=size * mib)
+    both = found["both 32 1"]
+    found["few programs"] = replace(both, programs=128)
+    found["many programs"] = replace(both, programs=512)
+    found["two warps"] = replace(both, one=replace(both.one, num_warps=2))
+    found["two stages"] = replace(
+        both, one=replace(both.one, num_stages=2), grouped=replace(both.grouped, num_stages=2)
+    )
+    found["wide blocks"] = replace(both, one=replace(both.one, block=64, num_warps=8, num_stages=2))
+    return found
+
+
 def best_tuning(kernels: list[dict[str, Any]], model: str) -> StepTuning:
     """The fastest right shapes of the kernels' table."""
     found: dict[str, Any] = {}
@@ -54,13 +95,19 @@ def best_tuning(kernels: list[dict[str, Any]], model: str) -> StepTuning:
     return StepTuning(**found)
 
 
-def time_steps(model: str, preset: str, kernels: list[dict[str, Any]], copy_rate: float) -> list[dict[str, Any]]:
+def time_steps(
+    model: str, preset: str, kernels: list[dict[str, Any]], copy_rate: float, sweep: bool
+) -> list[dict[str, Any]]:
     """Captured steps of one row at 384 tokens in the cache: by the table, by the best found, without early launch."""
     loaded = phi35.create(preset, device="cuda", dtype="bfloat16", seed=0)
     bound = 1e12 * copy_rate / step_bytes(loaded.config, 384)
     tunings = [("table", DEFAULT, True), ("table, no pdl", DEFAULT, False)]
+    base = DEFAULT
     if kernels:
-        tunings.append(("best found", best_tuning(kernels, model), True))
+        base = best_tuning(kernels, model)
+        tunings.append(("best found", base, True))
+    if sweep:
+        tunings += [(name, tuning, True) for name, tuning in variants(base).items()]
     rows = []
     for name, tuning, pdl in tunings:
         cache = loaded.new_cache(1, 1024)

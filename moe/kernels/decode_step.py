@@ -26,6 +26,7 @@ from phi35.kernels.common import (
     load_tiles,
     load_vector,
     normalise,
+    prefetch_rows,
     wait_for_predecessor,
     wait_then_release,
 )
@@ -184,6 +185,7 @@ def expert_down_add(
 ) -> None:
     """hidden (1, D) += weighted sum of the chosen of (E, D, F) times the rows of scratch.acted."""
     _, num_rows, width = down_proj.shape
+    asked = config.asked_ahead(config.rows, num_rows)
     _expert_down_kernel[(triton.cdiv(num_rows, config.rows),)](
         scratch.acted,
         down_proj,
@@ -191,11 +193,14 @@ def expert_down_add(
         scratch.weights,
         hidden,
         num_rows,
+        *asked,
         TOP_K=scratch.indices.shape[0],
         WIDTH=width,
         CHUNK=config.chunk(width, down_proj.element_size()),
         ROWS=config.rows,
         EVEN=num_rows % config.rows == 0,
+        PARTS=config.wave if asked[1] else 0,
+        LANES=config.num_warps * 32,
         **launch_options(config.num_warps, pdl),
     )
 
@@ -326,11 +331,15 @@ def _expert_down_kernel(  # type: ignore[no-untyped-def]
     weights,
     hidden,
     num_rows,
+    ahead_row,
+    ahead_rows,
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     count: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
@@ -342,6 +351,8 @@ def _expert_down_kernel(  # type: ignore[no-untyped-def]
         expert = tl.load(indices + choice, cache_modifier=".cg").to(tl.int64)
         at = down_proj + expert * num_rows * WIDTH
         all_tiles = all_tiles + (load_tiles(at, rows, num_rows, WIDTH, CHUNK, EVEN),)  # type: ignore[assignment]
+        if PDL and PARTS > 0:
+            prefetch_rows(at, ahead_row, ahead_rows, WIDTH, PARTS, LANES)
     wait_for_predecessor(PDL)
     total = tl.load(hidden + rows, mask=inside, other=0.0).to(tl.float32)
     for choice in tl.static_range(TOP_K):

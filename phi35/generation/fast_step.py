@@ -83,7 +83,7 @@ class DecodeStep:
             attention, keys, values = layer.self_attn, self.cache.keys[number], self.cache.values[number]
             norm = norm_of(layer.input_layernorm)
             ops.project_qkv(self.hidden, norm, attention.qkv_proj, self.rope, state, self.query, keys, values)
-            ops.attend(self.query, keys, values, state, self.attended)
+            ops.attend(self.query, keys, values, state, self.attended, (attention.o_proj, layer.mlp))
             ops.project_add(self.attended, attention.o_proj, self.hidden)
             feed_forward = ops.sparse if self.config.is_sparse_layer(number) else ops.dense
             feed_forward(self.hidden, norm_of(layer.post_attention_layernorm), layer.mlp)

@@ -12,8 +12,8 @@ import triton.language as tl
 from phi35.kernels.common import launch_options, prefetch, wait_for_predecessor
 from phi35.kernels.configs import AttentionConfig
 
-PREFETCHED_LINES = 256
-"""Cache lines of keys, and as many of values, that a program asks for before it waits."""
+PREFETCHED_BYTES = 32768
+"""Keys, and as many values, that a program asks for before it waits."""
 
 
 class AttentionScratch:
@@ -36,6 +36,7 @@ def attend(
     sliding_window: int | None,
     config: AttentionConfig,
     pdl: bool,
+    ahead: tuple[torch.Tensor, ...] = (),
 ) -> None:
     """Attend from one token a row, whose own key and value are already stored.
 
@@ -49,9 +50,12 @@ def attend(
         sliding_window: keys a token sees, itself among them; None for all.
         config: shape of a program.
         pdl: launch programmatically.
+        ahead: up to three contiguous tensors (weights of the kernels to come) that are brought into the second-level
+            cache meanwhile: attention over few keys leaves the memory idle.
     """
     batch, num_kv, slots, head_dim = keys.shape
     group = query.shape[1] // head_dim // num_kv
+    asked = [(tensor, tensor.nbytes) for tensor in ahead] + [(query, 0)] * (3 - len(ahead))
     _attend_kernel[(config.splits, num_kv, batch)](
         query,
         keys,
@@ -63,6 +67,8 @@ def attend(
         scratch.arrived,
         slots - 1,
         head_dim**-0.5,
+        *(tensor for tensor, _ in asked),
+        *(num_bytes for _, num_bytes in asked),
         NUM_KV=num_kv,
         GROUP=group,
         PADDED_GROUP=max(16, triton.next_power_of_2(group)),
@@ -73,7 +79,10 @@ def attend(
         BLOCK=config.block,
         STAGES=config.num_stages,
         WINDOW=sliding_window if sliding_window is not None and sliding_window < slots else 0,
-        LINES=PREFETCHED_LINES,
+        KEY_BYTES=PREFETCHED_BYTES,
+        PARTS=config.splits * num_kv * batch,
+        LANES=config.num_warps * 32,
+        AHEAD=len(ahead),
         **launch_options(config.num_warps, pdl),
     )
 
@@ -90,6 +99,12 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     arrived,
     capacity,
     softmax_scale,
+    ahead_a,
+    ahead_b,
+    ahead_c,
+    bytes_a,
+    bytes_b,
+    bytes_c,
     NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
@@ -100,7 +115,10 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     WINDOW: tl.constexpr,
-    LINES: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -114,8 +132,16 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     offset = place * (capacity + 1) * HEAD_DIM
     if PDL:
         num_bytes = (end - start) * (HEAD_DIM * keys.dtype.element_ty.primitive_bitwidth // 8)
-        prefetch(keys + offset + start * HEAD_DIM, num_bytes, LINES)
-        prefetch(values + offset + start * HEAD_DIM, num_bytes, LINES)
+        num_bytes = tl.minimum(num_bytes, KEY_BYTES)
+        prefetch(keys + offset + start * HEAD_DIM, num_bytes, 0, 1, LANES)
+        prefetch(values + offset + start * HEAD_DIM, num_bytes, 0, 1, LANES)
+        part = (row * NUM_KV + head) * SPLITS + split
+        if AHEAD > 0:
+            prefetch(ahead_a, bytes_a, part, PARTS, LANES)
+        if AHEAD > 1:
+            prefetch(ahead_b, bytes_b, part, PARTS, LANES)
+        if AHEAD > 2:
+            prefetch(ahead_c, bytes_c, part, PARTS, LANES)
     wait_for_predecessor(PDL)
     query_at = query + place * GROUP * HEAD_DIM
     scale = softmax_scale * 1.4426950408889634

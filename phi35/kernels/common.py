@@ -38,17 +38,34 @@ def wait_then_release(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def prefetch(start, num_bytes, LINES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ask for up to LINES cache lines from ``start`` on; they go to the second-level cache."""
-    offsets = tl.minimum(tl.arange(0, LINES) * LINE, tl.maximum(num_bytes - 1, 0))
+def prefetch(start, num_bytes, part, PARTS: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ask for one of PARTS parts of memory from ``start`` on; it goes to the second-level cache.
+
+    ``num_bytes`` is a multiple of 16; LANES is the program's number of threads, of which one a warp makes a request
+    (the instruction takes a warp's requests one by one). Compute capability 9.0.
+    """
+    warps: tl.constexpr = LANES // 32
+    lane = tl.arange(0, LANES)
+    slice_bytes = tl.cdiv(tl.cdiv(num_bytes, PARTS * warps), LINE) * LINE
+    first = (part * warps + lane // 32) * slice_bytes
+    size = tl.where(lane % 32 == 0, tl.minimum(tl.maximum(num_bytes - first, 0), slice_bytes), 0)
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [start.to(tl.int64) + offsets],
+        "{.reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;}",
+        "=r,l,r",
+        [start.to(tl.int64) + first, size],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def prefetch_rows(weight, first_row, num_rows, WIDTH: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first PARTS programs ask for rows that later ones will read, so that the memory is busy while they wait."""
+    if tl.program_id(0) < PARTS:
+        itemsize: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+        start = weight + tl.cast(first_row, tl.int64) * WIDTH
+        prefetch(start, num_rows * WIDTH * itemsize, tl.program_id(0), PARTS, LANES)
 
 
 @triton.jit

@@ -45,9 +45,15 @@ class PlainOperations:
         reference.rotate_and_store(projected, rope, state.lengths, state.rope_long, query, keys, values)
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, state: StepState, out: torch.Tensor
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        state: StepState,
+        out: torch.Tensor,
+        following: tuple[Any, Any],
     ) -> None:
-        """out (B, H d) = attention over the cache, the new token included."""
+        """out (B, H d) = attention over the cache, the new token included; ``following``: o_proj and feed-forward."""
         reference.attend(query, keys, values, state.lengths, out, self.window)
 
     def project_add(self, vector: torch.Tensor, linear: Any, hidden: torch.Tensor) -> None:
@@ -110,11 +116,21 @@ class BatchOperations(PlainOperations):
         self._batched.rotate_and_store(projected, rope, state.lengths, state.rope_long, query, keys, values)
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, state: StepState, out: torch.Tensor
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        state: StepState,
+        out: torch.Tensor,
+        following: tuple[Any, Any],
     ) -> None:
         """See ``PlainOperations``."""
-        config = self.attention_config
-        self._attention.attend(query, keys, values, state.lengths, out, self.scratch, self.window, config, self.pdl)
+        options = (self.scratch, self.window, self.attention_config, self.pdl)
+        self._attention.attend(query, keys, values, state.lengths, out, *options, self._ahead(*following))
+
+    def _ahead(self, linear: Any, mlp: Any) -> tuple[torch.Tensor, ...]:
+        """Weights to bring into the cache during attention: none where the products read them more than once."""
+        return ()
 
     def project_add(self, vector: torch.Tensor, linear: Any, hidden: torch.Tensor) -> None:
         """See ``PlainOperations``."""
@@ -153,7 +169,7 @@ class VectorOperations(BatchOperations):
         from phi35.kernels import vector
 
         super().__init__(hidden_act, sliding_window, keys, num_heads, tuning)
-        self._vector, self.pdl = vector, pdl
+        self._vector, self.pdl, self.dtype = vector, pdl, keys.dtype
         self._acted: dict[int, torch.Tensor] = {}
         self._sparse_scratch: dict[tuple[int, ...], Any] = {}
 
@@ -173,6 +189,22 @@ class VectorOperations(BatchOperations):
             return super().project_qkv(hidden, norm, linear, rope, state, query, keys, values)
         operands = (hidden, norm, linear.weight, linear.bias, rope, state.lengths, state.rope_long)
         self._vector.project_qkv(*operands, query, keys, values, self.tuning.qkv, self.pdl)
+
+    def _ahead(self, linear: Any, mlp: Any) -> tuple[torch.Tensor, ...]:
+        """As much of o_proj, then of the dense gate and up rows, as ``tuning.ahead_bytes`` allows."""
+        dtype = self.dtype
+        if not self.pdl or not self.tuning.ahead_bytes or not is_plain(linear, dtype):
+            return ()
+        room = self.tuning.ahead_bytes // linear.weight.element_size()
+        rows = min(linear.weight.shape[0], room // linear.weight.shape[1])
+        regions = [linear.weight[:rows]]
+        if type(mlp) is GatedMLP and is_plain(mlp.gate_up_proj, dtype):
+            weight = mlp.gate_up_proj.weight
+            half = weight.shape[0] // 2
+            rows = min(half, (room - regions[0].numel()) // (2 * weight.shape[1]))
+            if rows > 0:
+                regions += [weight[:rows], weight[half : half + rows]]
+        return tuple(regions)
 
     def project_add(self, vector: torch.Tensor, linear: Any, hidden: torch.Tensor) -> None:
         """See ``PlainOperations``."""

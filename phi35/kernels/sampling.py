@@ -83,32 +83,30 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     ids = tl.arange(0, PADDED)
     real = ids < vocab
-    raw = tl.load(logits + row.to(tl.int64) * vocab + ids, mask=real, other=float("-inf"))
+    logits_at = logits + row.to(tl.int64) * vocab
+    seen_at = seen + row.to(tl.int64) * vocab
+    raw = tl.load(logits_at + ids, mask=real, other=float("-inf"))
     step = tl.load(steps + row)
     penalty = tl.load(penalties + row)
+    temperature = tl.load(temperatures + row)
+    best, token = tl.max(raw, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    normaliser = best + tl.log(tl.sum(tl.exp(raw - best), axis=0))
     scores = raw
-    seen_at = seen + row.to(tl.int64) * vocab
     if penalty != 1.0:
         present = tl.load(seen_at + ids, mask=real, other=0) != 0
         scores = tl.where(present, tl.where(raw < 0, raw * penalty, raw / penalty), raw)
-    temperature = tl.load(temperatures + row)
-    best = tl.max(scores, axis=0)
-    if temperature == 0.0:
-        token = tl.argmax(scores, axis=0, tie_break_left=True)
-    else:
+        best, token = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    if temperature != 0.0:
         # Counted from the best down, as on the host; a divisor below the smallest normal number would count as 0.
-        scaled = (scores - best) / tl.maximum(temperature, 1.1754944e-38)
-        kept = _kept(scaled, real, vocab, tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row))
-        draw = tl.load(draws + (step % DRAWS) * batch + row)
-        cumulative = tl.cumsum(tl.where(kept, tl.exp(scaled), 0.0).to(tl.float64), axis=0)
-        target = draw * tl.max(cumulative, axis=0)
-        token = tl.sum((cumulative <= target).to(tl.int32), axis=0)
+        chances = tl.exp((scores - best) / tl.maximum(temperature, 1.1754944e-38))
+        chances = _filtered(chances, real, vocab, tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row))
+        draw = tl.load(draws + (step % DRAWS) * batch + row).to(tl.float32)
+        cumulative = tl.cumsum(chances, axis=0)
+        passed = (cumulative > draw * tl.max(cumulative, axis=0)) & (chances > 0)
         # Rounding may carry a draw just below 1 past the end; the last token with any probability is meant.
-        token = tl.minimum(token, tl.max(tl.where(kept & (scaled > -100.0), ids, 0), axis=0))
-    highest = tl.max(raw, axis=0)
-    normaliser = tl.log(tl.sum(tl.exp(raw - highest), axis=0))
-    chosen = tl.sum(tl.where(ids == token, raw, 0.0), axis=0)
-    tl.store(logprobs + (step % RING) * batch + row, chosen - highest - normaliser)
+        last = tl.max(tl.where(chances > 0, ids, 0), axis=0)
+        token = tl.minimum(tl.min(tl.where(passed, ids, PADDED), axis=0), last)
+    tl.store(logprobs + (step % RING) * batch + row, tl.load(logits_at + token) - normaliser)
     tl.store(history + (step % RING) * batch + row, token.to(tl.int32))
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(seen_at + token, 1)
@@ -117,32 +115,50 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _kept(scaled, real, vocab, top_k, top_p, min_p):  # type: ignore[no-untyped-def]
-    """Which tokens the filters leave; ``scaled`` are scores less the best, after the temperature."""
-    # Order of the bits as signed numbers is that of the scores.
-    bits = scaled.to(tl.int32, bitcast=True)
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    kept = real
+def _filtered(chances, real, vocab, top_k, top_p, min_p):  # type: ignore[no-untyped-def]
+    """Chances, of which the largest is 1, with those that the filters drop at 0."""
+    chances = tl.where(real, chances, 0.0)
     if top_k < vocab:
-        threshold = tl.full((), -2147483648, tl.int32)
-        for place in tl.range(0, 32):
-            # Adding the highest bit to the lowest number gives 0, the first candidate.
-            candidate = threshold + (tl.full((), 1, tl.int32) << (31 - place))
-            reached = tl.sum(((order >= candidate) & real).to(tl.int32), axis=0) >= top_k
-            threshold = tl.where(reached, candidate, threshold)
-        kept = kept & (order >= threshold)
-    chances = tl.where(kept, tl.exp(scaled), 0.0)
+        # Positive floats are ordered as their bits are. At least k chances reach ``low``, fewer reach ``high``.
+        low, high = tl.full((), 0, tl.int32), tl.full((), 0x3F800001, tl.int32)
+        reached = tl.full((), 2147483647, tl.int32)
+        while (high - low > 1) & (reached != top_k):
+            middle = low + (high - low) // 2
+            count = tl.sum((chances.to(tl.int32, bitcast=True) >= middle).to(tl.int32), axis=0)
+            enough = count >= top_k
+            low = tl.where(enough, middle, low)
+            reached = tl.where(enough, count, reached)
+            high = tl.where(enough, high, middle)
+        chances = tl.where(chances.to(tl.int32, bitcast=True) >= low, chances, 0.0)
     if top_p < 1.0:
-        wanted = top_p * tl.sum(chances, axis=0)
-        threshold = tl.full((), -2147483648, tl.int32)
-        for place in tl.range(0, 32):
-            candidate = threshold + (tl.full((), 1, tl.int32) << (31 - place))
-            reached = tl.sum(tl.where(order >= candidate, chances, 0.0), axis=0) >= wanted
-            threshold = tl.where(reached, candidate, threshold)
-        # Of equal scores at the edge the first ones stay, as a stable sort would leave them.
-        equal = (order == threshold) & kept
-        above = tl.sum(tl.where(order > threshold, chances, 0.0), axis=0)
+        chances = _nucleus(chances, top_p * tl.sum(chances, axis=0))
+    return tl.where(chances >= min_p, chances, 0.0)
+
+
+@triton.jit
+def _nucleus(chances, wanted):  # type: ignore[no-untyped-def]
+    """The fewest chances whose sum reaches ``wanted``; of equal ones at the edge the first, as a stable sort does."""
+    low, high = tl.full((), 0, tl.int32), tl.full((), 0x3F800001, tl.int32)
+    above = tl.full((), 0.0, tl.float32)
+    count_low, count_high = tl.full((), 2147483647, tl.int32), tl.full((), 0, tl.int32)
+    while (high - low > 1) & (count_low - count_high > 1):
+        middle = low + (high - low) // 2
+        inside = chances.to(tl.int32, bitcast=True) >= middle
+        total = tl.sum(tl.where(inside, chances, 0.0), axis=0)
+        count = tl.sum(inside.to(tl.int32), axis=0)
+        enough = total >= wanted
+        low = tl.where(enough, middle, low)
+        count_low = tl.where(enough, count, count_low)
+        high = tl.where(enough, high, middle)
+        above = tl.where(enough, above, total)
+        count_high = tl.where(enough, count_high, count)
+    order = chances.to(tl.int32, bitcast=True)
+    kept = tl.where(order >= low, chances, 0.0)
+    if count_low - count_high > 1:
+        # Several equal chances at the edge; they lie at ``low``.
+        equal = order == low
         each = tl.max(tl.where(equal, chances, 0.0), axis=0)
         rank = tl.cumsum(equal.to(tl.int32), axis=0) - equal.to(tl.int32)
-        kept = kept & ((order > threshold) | (equal & ((rank == 0) | (above + rank * each < wanted))))
-    return kept & (chances >= min_p)
+        equal = equal & ((rank == 0) | (above + rank * each < wanted))
+        kept = tl.where((order >= high) | equal, chances, 0.0)
+    return kept

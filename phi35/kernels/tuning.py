@@ -5,9 +5,6 @@ from dataclasses import dataclass, field, replace
 
 from phi35.kernels.configs import AttentionConfig, VectorConfig
 
-PROGRAMS = 264
-"""Programs that attention aims at: two for each multiprocessor of an H100 or H200."""
-
 
 @dataclass(frozen=True)
 class StepTuning:
@@ -21,17 +18,21 @@ class StepTuning:
         logits: the head.
         expert_gate_up: gate and up product of chosen experts.
         expert_down: their down product.
+        programs: of attention, over all heads and rows: two for each multiprocessor of an H100 or H200.
+        ahead_bytes: weights that attention brings into the second-level cache for the kernels to come.
         one: attention with one query a head of keys; splits are chosen by ``attention``.
         grouped: attention with several.
     """
 
     qkv: VectorConfig = VectorConfig(4, 4)
     short_add: VectorConfig = VectorConfig(4, 4)
-    long_add: VectorConfig = VectorConfig(2, 8)
+    long_add: VectorConfig = VectorConfig(4, 8)
     gate_up: VectorConfig = VectorConfig(4, 4)
     logits: VectorConfig = VectorConfig(4, 4)
-    expert_gate_up: VectorConfig = VectorConfig(4, 4)
-    expert_down: VectorConfig = VectorConfig(2, 8)
+    expert_gate_up: VectorConfig = VectorConfig(4, 2)
+    expert_down: VectorConfig = VectorConfig(2, 4)
+    programs: int = 264
+    ahead_bytes: int = 0
     one: AttentionConfig = field(default_factory=lambda: AttentionConfig(block=32, num_stages=3))
     grouped: AttentionConfig = field(default_factory=lambda: AttentionConfig(block=64, num_stages=3))
 
@@ -42,7 +43,7 @@ class StepTuning:
     def attention(self, batch: int, num_kv: int, group: int, slots: int) -> AttentionConfig:
         """Configuration of attention: splits that fill the device, none of them shorter than two steps."""
         config = self.one if group == 1 else self.grouped
-        wanted = 2 ** round(math.log2(max(1.0, PROGRAMS / (batch * num_kv))))
+        wanted = 2 ** round(math.log2(max(1.0, self.programs / (batch * num_kv))))
         longest = max(1, slots // (2 * config.block))
         return replace(config, splits=min(wanted, 2 ** int(math.log2(longest))))
 

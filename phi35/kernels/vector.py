@@ -17,6 +17,7 @@ from phi35.kernels.common import (
     load_tiles,
     load_vector,
     normalise,
+    prefetch_rows,
     wait_for_predecessor,
 )
 from phi35.kernels.configs import VectorConfig
@@ -59,6 +60,7 @@ def project_qkv(
     while (head_dim // 2) % pairs:
         pairs //= 2
     grid = (weight.shape[0] // (2 * pairs),)
+    asked = config.asked_ahead(2 * pairs, weight.shape[0])
     _qkv_kernel[grid](
         hidden,
         norm.weight,
@@ -74,6 +76,7 @@ def project_qkv(
         keys,
         values,
         slots - 1,
+        *asked,
         NORM=norm.kind,
         BIAS=bias is not None,
         NUM_HEADS=query.shape[1] // head_dim,
@@ -82,6 +85,8 @@ def project_qkv(
         WIDTH=width,
         CHUNK=config.chunk(width, weight.element_size()),
         PAIRS=pairs,
+        PARTS=config.wave if asked[1] else 0,
+        LANES=config.num_warps * 32,
         **launch_options(config.num_warps, pdl),
     )
 
@@ -96,17 +101,21 @@ def project_add(
 ) -> None:
     """hidden (1, N) += vector (1, W) times weight (N, W), plus bias (N,)."""
     num_rows, width = weight.shape
+    asked = config.asked_ahead(config.rows, num_rows)
     _project_kernel[(triton.cdiv(num_rows, config.rows),)](
         vector,
         weight,
         weight if bias is None else bias,
         hidden,
         num_rows,
+        *asked,
         BIAS=bias is not None,
         WIDTH=width,
         CHUNK=config.chunk(width, weight.element_size()),
         ROWS=config.rows,
         EVEN=num_rows % config.rows == 0,
+        PARTS=config.wave if asked[1] else 0,
+        LANES=config.num_warps * 32,
         **launch_options(config.num_warps, pdl),
     )
 
@@ -123,6 +132,7 @@ def project_gate_up(
     """acted (1, F) = act(gate) * up of the normed hidden (1, D); weight (2F, D), gate first."""
     half, width = weight.shape[0] // 2, weight.shape[1]
     rows = max(1, config.rows // 2)
+    asked = config.asked_ahead(rows, half)
     _gate_up_kernel[(triton.cdiv(half, rows),)](
         hidden,
         norm.weight,
@@ -131,12 +141,15 @@ def project_gate_up(
         weight,
         acted,
         half,
+        *asked,
         NORM=norm.kind,
         ACT=hidden_act,
         WIDTH=width,
         CHUNK=config.chunk(width, weight.element_size()),
         ROWS=rows,
         EVEN=half % rows == 0,
+        PARTS=config.wave if asked[1] else 0,
+        LANES=config.num_warps * 32,
         **launch_options(config.num_warps, pdl),
     )
 
@@ -152,6 +165,7 @@ def project_logits(
 ) -> None:
     """logits (1, V) float32 of the normed hidden (1, D); weight (V, D), bias (V,) or None."""
     num_rows, width = weight.shape
+    asked = config.asked_ahead(config.rows, num_rows)
     _logits_kernel[(triton.cdiv(num_rows, config.rows),)](
         hidden,
         norm.weight,
@@ -161,12 +175,15 @@ def project_logits(
         weight if bias is None else bias,
         logits,
         num_rows,
+        *asked,
         NORM=norm.kind,
         BIAS=bias is not None,
         WIDTH=width,
         CHUNK=config.chunk(width, weight.element_size()),
         ROWS=config.rows,
         EVEN=num_rows % config.rows == 0,
+        PARTS=config.wave if asked[1] else 0,
+        LANES=config.num_warps * 32,
         **launch_options(config.num_warps, pdl),
     )
 
@@ -187,6 +204,8 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     keys,
     values,
     capacity,
+    ahead_row,
+    ahead_rows,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -195,6 +214,8 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     PAIRS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     count: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
@@ -216,6 +237,8 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     turned = head < NUM_HEADS + NUM_KV
     cos = tl.where(turned, (tl.cos(angle) * scale).to(kind).to(tl.float32), 1.0)
     sin = tl.where(turned, (tl.sin(angle) * scale).to(kind).to(tl.float32), 0.0)
+    if PDL and PARTS > 0:
+        prefetch_rows(weight, ahead_row, ahead_rows, WIDTH, PARTS, LANES)
     wait_for_predecessor(PDL)
     chunks = normalise(load_vector(hidden, WIDTH, CHUNK), norms, norm_biases, eps, NORM, WIDTH, CHUNK)
     low = dot_tiles(low_tiles, chunks, count)
@@ -243,11 +266,15 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     bias,
     hidden,
     num_rows,
+    ahead_row,
+    ahead_rows,
     BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -255,6 +282,8 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     tiles = load_tiles(weight, rows, num_rows, WIDTH, CHUNK, EVEN)
     if BIAS:
         added = tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+    if PDL and PARTS > 0:
+        prefetch_rows(weight, ahead_row, ahead_rows, WIDTH, PARTS, LANES)
     wait_for_predecessor(PDL)
     chunks = load_vector(vector, WIDTH, CHUNK)
     residual = tl.load(hidden + rows, mask=inside, other=0.0).to(tl.float32)
@@ -273,12 +302,16 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     weight,
     acted,
     half,
+    ahead_row,
+    ahead_rows,
     NORM: tl.constexpr,
     ACT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     count: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
@@ -286,6 +319,9 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     gate_tiles = load_tiles(weight, rows, half, WIDTH, CHUNK, EVEN)
     up_tiles = load_tiles(weight + half.to(tl.int64) * WIDTH, rows, half, WIDTH, CHUNK, EVEN)
     norms, norm_biases = load_norm(norm_weight, norm_bias, NORM, WIDTH, CHUNK)
+    if PDL and PARTS > 0:
+        prefetch_rows(weight, ahead_row, ahead_rows, WIDTH, PARTS, LANES)
+        prefetch_rows(weight, half + ahead_row, ahead_rows, WIDTH, PARTS, LANES)
     wait_for_predecessor(PDL)
     chunks = normalise(load_vector(hidden, WIDTH, CHUNK), norms, norm_biases, eps, NORM, WIDTH, CHUNK)
     gate = dot_tiles(gate_tiles, chunks, count)
@@ -303,18 +339,24 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
     bias,
     logits,
     num_rows,
+    ahead_row,
+    ahead_rows,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
     tiles = load_tiles(weight, rows, num_rows, WIDTH, CHUNK, EVEN)
     norms, norm_biases = load_norm(norm_weight, norm_bias, NORM, WIDTH, CHUNK)
+    if PDL and PARTS > 0:
+        prefetch_rows(weight, ahead_row, ahead_rows, WIDTH, PARTS, LANES)
     wait_for_predecessor(PDL)
     chunks = normalise(load_vector(hidden, WIDTH, CHUNK), norms, norm_biases, eps, NORM, WIDTH, CHUNK)
     total = dot_tiles(tiles, chunks, (WIDTH + CHUNK - 1) // CHUNK)

@@ -35,8 +35,9 @@ def test_all_weights_are_asked_for_before_the_wait(tmp_path: Path) -> None:
     """gate_up of phi-3.5-mini: 4 rows in 3 chunks, and the norm's 3; then the vector's 3."""
     config = DEFAULT.gate_up
     arguments = typed("*bf16", "hidden", "norm_weight", "norm_bias", "weight", "acted") | {"eps": "fp32", "half": "i32"}
+    arguments |= typed("i32", "ahead_row", "ahead_rows")
     constants = {"NORM": "rmsnorm", "ACT": "silu", "WIDTH": 3072, "CHUNK": config.chunk(3072, 2)}
-    constants |= {"ROWS": config.rows // 2, "EVEN": True, "PDL": True}
+    constants |= {"ROWS": config.rows // 2, "EVEN": True, "PARTS": 528, "LANES": 128, "PDL": True}
     kernel = compile_kernel(vector._gate_up_kernel, arguments, constants, config.num_warps)
     instructions, stack = machine_code(kernel, tmp_path)
     chunks = 3072 // config.chunk(3072, 2)
@@ -48,10 +49,9 @@ def test_down_weights_of_chosen_experts_are_asked_for_before_the_wait(tmp_path: 
     config = DEFAULT.expert_down
     arguments = typed("*bf16", "acted", "down_proj", "hidden") | {"weights": "*fp32", "indices": "*i32"}
     constants = {"TOP_K": 2, "WIDTH": 6400, "CHUNK": config.chunk(6400, 2), "ROWS": config.rows}
-    constants |= {"EVEN": True, "PDL": True}
-    kernel = compile_kernel(
-        decode_step._expert_down_kernel, arguments | {"num_rows": "i32"}, constants, config.num_warps
-    )
+    constants |= {"EVEN": True, "PARTS": 264, "LANES": 32 * config.num_warps, "PDL": True}
+    arguments |= typed("i32", "num_rows", "ahead_row", "ahead_rows")
+    kernel = compile_kernel(decode_step._expert_down_kernel, arguments, constants, config.num_warps)
     instructions, stack = machine_code(kernel, tmp_path)
     before, _ = loads_around_the_wait(instructions)
     assert before == 2 * config.rows * -(-6400 // config.chunk(6400, 2))
@@ -63,8 +63,16 @@ def test_query_key_value_product_spills_nothing_but_the_sine(tmp_path: Path) -> 
     arguments = typed("*bf16", "hidden", "norm_weight", "norm_bias", "weight", "bias", "query", "keys", "values")
     arguments |= typed("*fp32", "inv_freq", "scaling") | {"eps": "fp32", "lengths": "*i64", "rope_long": "*i1"}
     constants: dict[str, Any] = {"NORM": "layernorm", "BIAS": True, "NUM_HEADS": 32, "NUM_KV": 8, "HALF": 64}
-    constants |= {"WIDTH": 4096, "CHUNK": config.chunk(4096, 2), "PAIRS": config.rows // 2, "PDL": True}
-    kernel = compile_kernel(vector._qkv_kernel, arguments | {"capacity": "i32"}, constants, config.num_warps)
+    constants |= {
+        "WIDTH": 4096,
+        "CHUNK": config.chunk(4096, 2),
+        "PAIRS": config.rows // 2,
+        "PARTS": 528,
+        "LANES": 128,
+        "PDL": True,
+    }
+    arguments |= typed("i32", "capacity", "ahead_row", "ahead_rows")
+    kernel = compile_kernel(vector._qkv_kernel, arguments, constants, config.num_warps)
     instructions, stack = machine_code(kernel, tmp_path)
     # The reduction of large angles needs 32 bytes.
     assert stack <= 32
@@ -78,14 +86,17 @@ def test_attention_streams_keys_through_shared_memory(tmp_path: Path, group: int
     arguments |= {"lengths": "*i64", "arrived": "*i32", "capacity": "i32", "softmax_scale": "fp32"}
     constants = {"NUM_KV": 32 // group, "GROUP": group, "PADDED_GROUP": 16, "HEAD_DIM": head_dim, "PADDED_DIM": 128}
     constants |= {"SPLITS": 8, "PADDED_SPLITS": 8, "BLOCK": config.block, "STAGES": config.num_stages}
-    constants |= {"WINDOW": 0, "LINES": attention.PREFETCHED_LINES, "PDL": True}
+    constants |= {"WINDOW": 0, "KEY_BYTES": attention.PREFETCHED_BYTES, "PARTS": 256, "LANES": 128, "AHEAD": 3}
+    constants |= {"PDL": True}
+    arguments |= typed("*bf16", "ahead_a", "ahead_b", "ahead_c") | typed("i32", "bytes_a", "bytes_b", "bytes_c")
     kernel = compile_kernel(attention._attend_kernel, arguments, constants, config.num_warps)
     instructions, stack = machine_code(kernel, tmp_path)
     assert kernel.metadata.shared <= SHARED_MEMORY // 2 and stack == 0
     assert any("LDGSTS.E.BYPASS.128" in text for text in instructions)
     assert any("HMMA" in text for text in instructions) == (group > 1)
     # Prefetched before the wait.
-    assert "CCTL" in "".join(instructions[: [place for place, text in enumerate(instructions) if "ACQBULK" in text][0]])
+    (wait,) = [place for place, text in enumerate(instructions) if "ACQBULK" in text]
+    assert sum("UBLKPF" in text for text in instructions[:wait]) == 5
 
 
 def test_sampler_router_and_batched_kernels_compile(tmp_path: Path) -> None:
