@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from phi35.config import ModelConfig
+from phi35.training.stopping import ignore_stop_signals
 from vision.augment import Augmentation
 from vision.balance import CostModel, plan_micro_batches
 from vision.collator import Example, VisionCollator
@@ -224,7 +225,7 @@ class ShardLoader:
         """The batches in the form that crosses to the device, for ``expand`` to complete there."""
         options: dict[str, Any] = {}
         if self.num_workers:
-            options = {"prefetch_factor": 2, "worker_init_fn": _one_thread}
+            options = {"prefetch_factor": 2, "worker_init_fn": _begin_worker}
         shape = self.dataset.shape
         loader = DataLoader(
             self.dataset,
@@ -270,8 +271,9 @@ class ShardLoader:
         self._position = int(state["position"])
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    ignore_stop_signals()
 
 
 def open_source(

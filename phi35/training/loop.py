@@ -1,5 +1,6 @@
 """The loop of a training run: batches to the device, updates, metrics, checkpoints."""
 
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,7 @@ class _Loop:
         self.engine, self.stop, self.watchdog = saver.engine, stop, watchdog
         self.config, self.environment = self.engine.config, self.engine.environment
         self.agreement = Agreement(self.environment)
+        self.children = {process.pid for process in multiprocessing.active_children()}
         self.batches = source.compact() if hasattr(source, "compact") else iter(source)
 
     def run(self, first_step: int, state: dict[str, Any]) -> None:
@@ -122,6 +124,9 @@ class _Loop:
         """Ends data-loading processes and threads."""
         if hasattr(self.batches, "close"):
             self.batches.close()
+        for process in multiprocessing.active_children():  # data loaders that did not end when they were told to
+            if process.daemon and process.pid not in self.children:
+                process.kill()
         self.saver.close()
 
     def _update(self, step: int) -> None:

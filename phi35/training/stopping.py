@@ -119,6 +119,12 @@ class Agreement:
         return [int(value) for value in self._values.tolist()]
 
 
+def ignore_stop_signals() -> None:
+    """For data-loading processes: a signal to all processes of a run must not end them before their rank has saved."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def launcher_chain(command_of: Callable[[int], list[str]] | None = None) -> list[tuple[int, int]]:
     """The launchers above this process, as (process, its parent) pairs; empty where a shell or a user started it.
 
