@@ -233,6 +233,8 @@ class ShardLoader:
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            # Else it draws its seed from the global generator, and the dropout of a resumed run differs.
+            generator=torch.Generator(),
             **options,
         )
         self._taken = 0

@@ -156,6 +156,8 @@ def _rank_main(
 ) -> None:
     if sys.platform == "linux":  # the test session's death ends the server, and this ends the rank with it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Daemonic ranks die with the test session, but may have no children, and some tests read with worker processes.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     faulthandler.register(signal.SIGUSR1, file=open(Path(folder, f"stacks-{rank}"), "w"))
     try:
         value = _call(call, rank, world_size, port, folder, init)
