@@ -5,7 +5,6 @@ size, ZeRO stage and expert-parallel size loads at any other. DeepSpeed's own ch
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from phi35.config import ModelConfig
 from phi35.training import checkpoint_files as files
 from phi35.training.checkpoint_files import CheckpointReader
+from phi35.training.console import warn
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
 from phi35.training.optimizer_state import PARAMETER, OptimizerState
@@ -39,11 +39,9 @@ def open_newest(root: str | Path, environment: Environment) -> CheckpointReader 
             continue
         if environment.is_main and reports:
             asides = [files.put_aside(Path(damaged), "damaged") for damaged in found[len(found) - len(reports) :]]
-            print(
-                f"warning: {'; '.join(reports)}. It counts no more ({', '.join(map(str, asides))}); the run goes on "
-                f"from {folder!r}",
-                file=sys.stderr,
-                flush=True,
+            warn(
+                f"{'; '.join(reports)}. It counts no more ({', '.join(map(str, asides))}); the run goes on from "
+                f"{folder!r}"
             )
         return reader
     if reports:

@@ -1,11 +1,11 @@
 """A file of JSON lines that a run appends to, which outlives resumes, rollbacks and a full disk."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from phi35.training.console import warn
 from phi35.training.curves import read_lines
 
 Line = dict[str, Any]
@@ -53,11 +53,7 @@ class LineFile:
                 file.write(content)
         except OSError as error:
             if not self._warned:
-                print(
-                    f"warning: {self.path} cannot be written ({error}); its lines wait in memory, and the run goes on",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                warn(f"{self.path} cannot be written ({error}); its lines wait in memory, and the run goes on")
             self._warned = True
             return
         self._num_bytes += len(content)

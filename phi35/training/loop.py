@@ -1,7 +1,6 @@
 """The loop of a training run: batches to the device, updates, metrics, checkpoints."""
 
 import multiprocessing
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import distributed
 
 from phi35.training.checkpoint_files import complete_checkpoints, folder_name
+from phi35.training.console import warn
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
 from phi35.training.flops import Work, batch_work
@@ -184,7 +184,7 @@ class _Loop:
             if is_last:
                 raise
             if self.environment.is_main:
-                print(f"warning: {error}; the run goes on", file=sys.stderr, flush=True)
+                warn(f"{error}; the run goes on")
 
     def _next_micro_batches(self, count: int) -> tuple[list[dict[str, torch.Tensor]], list[int], Work]:
         """``count`` micro-batches on the device; their label tokens and work, counted before they leave the host."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from phi35.training.console import warn
 from phi35.training.engine import StepResult
 from phi35.training.environment import Environment
 from phi35.training.flops import TrainingFlops, Work
@@ -100,8 +101,7 @@ class Metrics:
         for lines in (self._lines, self._evaluation_lines):
             if lines is not None:
                 lines.rewind(step)
-        for tracker in self._trackers:
-            tracker.rewind(step)
+        self._tell_trackers(lambda tracker: tracker.rewind(step))
         self.restart_clock()
 
     def add(
@@ -201,14 +201,12 @@ class Metrics:
         """Takes the numbers of an evaluation, with their ``step``; called after ``flush``, written by rank 0."""
         if self._evaluation_lines is not None:
             self._evaluation_lines.append([line])
-            for tracker in self._trackers:
-                tracker.log_evaluation(line)
+            self._tell_trackers(lambda tracker: tracker.log_evaluation(line))
 
     def close(self) -> None:
         """Writes what is waiting and closes the trackers."""
         self.flush()
-        for tracker in self._trackers:
-            tracker.close()
+        self._tell_trackers(lambda tracker: tracker.close())
         if self.environment.is_main:
             self._draw_expert_load()
 
@@ -247,14 +245,25 @@ class Metrics:
     def _write(self, lines: list[dict[str, Any]]) -> None:
         assert self._lines is not None
         self._lines.append(lines)
-        for tracker in self._trackers:
-            tracker.log(lines)
+        self._tell_trackers(lambda tracker: tracker.log(lines))
         if time.monotonic() - self._drawn > SECONDS_BETWEEN_HEAT_MAPS:
             self._draw_expert_load()
 
+    def _tell_trackers(self, action: Callable[[Tracker], None]) -> None:
+        """A tracker that cannot write any more, as on a full disk, is left out from then on."""
+        for tracker in self._trackers:
+            try:
+                action(tracker)
+            except OSError as error:
+                self._trackers = [other for other in self._trackers if other is not tracker]
+                warn(f"{type(tracker).__name__} is left out from now on: {error}")
+
     def _draw_expert_load(self) -> None:
         if self.history and "expert_tokens" in self.history[-1]:
-            plot_expert_load(self.history, self.heat_map_path)
+            try:
+                plot_expert_load(self.history, self.heat_map_path)
+            except OSError as error:
+                warn(f"{self.heat_map_path} cannot be written ({error})")
         self._drawn = time.monotonic()
 
 

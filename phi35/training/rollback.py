@@ -1,10 +1,10 @@
 """Going back to a checkpoint within a run, leaving out the data that led to trouble."""
 
-import sys
 from pathlib import Path
 
 from phi35.training import checkpoint
 from phi35.training import checkpoint_files as files
+from phi35.training.console import warn
 from phi35.training.engine import Engine
 from phi35.training.health import RunDiverged, Trouble
 from phi35.training.line_file import LineFile
@@ -81,4 +81,4 @@ class Rollbacks:
 
     def _tell(self, text: str) -> None:
         if self.engine.environment.is_main:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            warn(text)

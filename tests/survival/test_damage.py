@@ -1,6 +1,7 @@
 """Damaged checkpoints, forged ones, and disks that are full."""
 
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import RankError, run_distributed
+from distributed import RankError, _free_port, run_distributed
 
 from phi35.training import checkpoint_files
 from phi35.training.checkpoint_files import CheckpointReader, complete_checkpoints
@@ -206,6 +207,41 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(text_folder, tmp_path, w
         CheckpointReader(folder)
 
 
+def run_with_its_log_on_the_full_disk(rank, world_size, values, folder):
+    """A process whose own output cannot be written from step 3 on, nor anything else: status and log."""
+    from rank_processes import Ranks
+
+    def main(_):
+        from phi35.cli.train import run
+        from phi35.training.engine import Engine
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        step, calls = Engine.step, []
+
+        def limited_step(self, *arguments):
+            calls.append(1)
+            limit = 100 if 3 <= len(calls) < 6 else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            return step(self, *arguments)
+
+        Engine.step = limited_step
+        os.environ.pop("TQDM_DISABLE")
+        return run(values, ["--device", "cpu"])
+
+    (ended,) = Ranks(1, _free_port(), Path(folder), main).wait_for(timeout=60)
+    return ended.status, ended.output
+
+
+def test_a_log_on_the_full_disk_does_not_end_the_run(text_folder, tmp_path):
+    values = settings(text_folder, tmp_path / "run", max_steps=8, trackers=["tensorboard"])
+    ((status, output),) = run_distributed(run_with_its_log_on_the_full_disk, 1, values, str(tmp_path), init=False)
+    assert status == 0, output
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000006", "step-00000008"]
+
+
 def test_a_full_disk_at_the_end_stops_with_a_message(text_folder, tmp_path):
     values = settings(text_folder, tmp_path)
     with pytest.raises(RankError, match=r"SaveError: the checkpoint after step 4 could not be written.*step-00000002"):
@@ -214,7 +250,7 @@ def test_a_full_disk_at_the_end_stops_with_a_message(text_folder, tmp_path):
     CheckpointReader(tmp_path / "checkpoints" / "step-00000002")
 
 
-def test_numbers_wait_for_room_on_the_disk(tmp_path):
+def test_numbers_wait_for_room_on_the_disk(tmp_path, capsys):
     """A real file that cannot grow: nothing is lost when it can again, and no half line stays."""
     from phi35.training.line_file import LineFile
 
