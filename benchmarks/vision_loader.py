@@ -91,6 +91,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24, help="timed steps")
     parser.add_argument("--mfu", type=float, default=0.4, help="that the device is assumed to reach")
     parser.add_argument("--train", action="store_true", help="train on a GPU")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="with --train")
     parser.add_argument("--tiny", action="store_true", help="with --train: the tiny preset, to try the script on a CPU")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     parser.add_argument("--commit", help="recorded in the result (default: asked of git)")
@@ -261,6 +262,7 @@ def train(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         learning_rate=1e-5,
         schedule="constant",
         warmup_steps=0,
+        gradient_checkpointing=arguments.gradient_checkpointing,
     ).resolve(world_size=1)
     model = create(model_config, device=place.device, dtype="bfloat16", seed=0)
     freeze_parameters(model, config)
