@@ -5,8 +5,8 @@
 
 Random weights in bfloat16, drawn on the device. The training step goes through the training engine: bfloat16 with
 float32 masters of what is trained (attention, routers, norms, embeddings: 1.6 B), each layer recomputed, SparseMixer's
-sampling on. Rates count 2 (forward) or 6 operations an active parameter and token, without the frozen experts' weight
-gradients, and causal attention. Prints a table and, last, one JSON line.
+sampling on. Rates count what is needed: no looked-up embeddings, no gradients of the frozen experts' weights, but
+causal attention. Prints a table and, last, one JSON line.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def main() -> None:
 
 def time_forward(model: Any, case: Case, device: torch.device) -> dict[str, Any]:
     """A prompt's logits of the last position."""
-    batch = draw_batch(case, device, torch.Generator().manual_seed(1))
+    batch, _ = draw_batch(case, device, torch.Generator().manual_seed(1))
     reset(device)
 
     def run() -> object:
@@ -89,7 +89,7 @@ def time_forward(model: Any, case: Case, device: torch.device) -> dict[str, Any]
     seconds = timed(run, device, 3)
     tokens = batch["input_ids"].numel()
     # A training step's counted operations are three forward passes', with the experts trained.
-    flops = flops_per_step(Case(**{**vars(case), "settings": {}}))["counted"] / 3
+    flops = flops_per_step(Case(**{**vars(case), "settings": {}}))["needed"] / 3
     rates = {"tokens": tokens, "milliseconds": 1e3 * seconds, "tflops": flops / seconds / 1e12}
     return rates | {"gib": peak(device)}
 
@@ -120,18 +120,18 @@ def time_training(model: Any, case: Case, device: torch.device, place: Any, step
     reset(device)
     frozen = freeze_parameters(model, config)
     engine = Engine(model, config, place)
-    batch = draw_batch(case, device, torch.Generator().manual_seed(3))
+    batch, labels = draw_batch(case, device, torch.Generator().manual_seed(3))
     tokens = batch["input_ids"].numel()
     losses = []
 
     def run() -> None:
         engine.set_learning_rate(len(losses) + 10)
-        losses.append(engine.step([batch], [tokens], tokens).loss)
+        losses.append(engine.step([batch], [labels], labels).loss)
 
     run()
     seconds = timed(run, device, steps)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    flops = flops_per_step(case)["counted"]
+    flops = flops_per_step(case)["needed"]
     return {
         "tokens": tokens,
         "milliseconds": 1e3 * seconds,
