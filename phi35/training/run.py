@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from phi35.config import ModelConfig
+from phi35.data.opening import open_text
 from phi35.registry import resolve
 from phi35.training import checkpoint, environment
 from phi35.training.build import build_model, build_processor, read_model_config
 from phi35.training.checkpoint_files import CheckpointReader, set_aside
 from phi35.training.config import TrainingConfig
 from phi35.training.curves import plot
-from phi35.training.data import open_text
 from phi35.training.description import describe_run, versions
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
@@ -150,6 +150,7 @@ def _open_data(
             "num_samples": config.max_steps * config.global_batch_size,
             "cache_folder": folder / "cache",
             "barrier": place.wait_for_main,
+            "is_main": place.is_main,
         }
     opener = open_text if is_text else resolve(config.data_source or "vision.data:open_source")
     if "accumulation_steps" in inspect.signature(opener).parameters:
