@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,93 +242,115 @@ def consume(folder: Path, workers: int, arguments: argparse.Namespace, needed: d
     return {"workers": workers, "step_seconds": busy, "waiting": part}
 
 
-def train(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Steps on batches that lie on the device, and the same steps on batches from the shards."""
-    from phi35.loading import create
-    from phi35.training.config import TrainingConfig
-    from phi35.training.engine import Engine
-    from phi35.training.environment import start
-    from phi35.training.loss import count_label_tokens
-    from phi35.training.parameter_groups import freeze_parameters
+class Training:
+    """The model under the engine of a training run, on one device.
 
-    place = start("cpu" if arguments.tiny else "cuda")
-    preset = "tiny-phi-3.5-vision" if arguments.tiny else "phi-3.5-vision"
-    model_config = presets.get(preset)
-    config = TrainingConfig(
-        model=preset,
-        dtype="bfloat16",
-        global_batch_size=arguments.batch_size,
-        max_steps=10_000,
-        learning_rate=1e-5,
-        schedule="constant",
-        warmup_steps=0,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-    ).resolve(world_size=1)
-    model = create(model_config, device=place.device, dtype="bfloat16", seed=0)
-    freeze_parameters(model, config)
-    engine = Engine(model, config, place)
-    source = opened(folder, arguments, arguments.workers)
-    numbers = iter(range(10_000))
+    Args:
+        folder: of the shards.
+        arguments: the command line.
+    """
 
-    def moved(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
+        from phi35.loading import create
+        from phi35.training.config import TrainingConfig
+        from phi35.training.engine import Engine
+        from phi35.training.environment import start
+        from phi35.training.parameter_groups import freeze_parameters
+
+        self.folder, self.arguments = folder, arguments
+        preset = "tiny-phi-3.5-vision" if arguments.tiny else "phi-3.5-vision"
+        place = start("cpu" if arguments.tiny else "cuda")
+        self.device = place.device
+        self.model_config = presets.get(preset)
+        config = TrainingConfig(
+            model=preset,
+            dtype="bfloat16",
+            global_batch_size=arguments.batch_size,
+            max_steps=10_000,
+            learning_rate=1e-5,
+            schedule="constant",
+            warmup_steps=0,
+            gradient_checkpointing=arguments.gradient_checkpointing,
+        ).resolve(world_size=1)
+        model = create(self.model_config, device=self.device, dtype="bfloat16", seed=0)
+        freeze_parameters(model, config)
+        self.engine = Engine(model, config, place)
+        self.numbers = iter(range(10_000))
+        self.expand = opened(folder, arguments, 0).expand
+
+    def moved(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch on the device, with its crops."""
         host = ("image_sizes", "sequence_lengths")
-        there = {name: one if name in host else one.to(place.device, non_blocking=True) for name, one in batch.items()}
-        return source.expand(there)
+        there = {name: one if name in host else one.to(self.device, non_blocking=True) for name, one in batch.items()}
+        return self.expand(there)
 
-    def step(batch: dict[str, torch.Tensor], count: int) -> None:
-        engine.set_learning_rate(next(numbers))
-        engine.step([batch], [count], count)
-
-    def finish() -> None:
-        if place.device.type == "cuda":
+    def finish(self) -> None:
+        """Waits for the device."""
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    kept = [batch for batch, _ in zip(source.compact(), range(arguments.steps), strict=False)]
+    def steps(self, ready: Iterable[tuple[dict[str, torch.Tensor], int]]) -> float:
+        """Seconds of a step on each batch, given with its number of label tokens."""
+        self.finish()
+        began, count = time.perf_counter(), 0
+        for batch, num_tokens in ready:
+            self.engine.set_learning_rate(next(self.numbers))
+            self.engine.step([batch], [num_tokens], num_tokens)
+            count += 1
+        self.finish()
+        return (time.perf_counter() - began) / count
+
+    def steps_from_shards(self, count: int) -> tuple[float, float]:
+        """(seconds of a step, part of the time that the host waited for data), reading anew."""
+        from phi35.training.loss import count_label_tokens
+
+        source = opened(self.folder, self.arguments, self.arguments.workers)
+        batches = source.compact()
+        first = next(batches)  # reading processes start, and begin with the very batches that lie on the device
+        source.wait_seconds = 0.0
+        seconds = self.steps(
+            (self.moved(one), count_label_tokens(one["labels"])) for one in rest(first, batches, count)
+        )
+        return seconds, source.wait_seconds / (seconds * count)
+
+
+def train(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Steps on batches that lie on the device, and the same steps on batches from the shards."""
+    from phi35.training.loss import count_label_tokens
+
+    training = Training(folder, arguments)
+    batches = opened(folder, arguments, arguments.workers).compact()
+    kept = [next(batches) for _ in range(arguments.steps)]
     counts = [count_label_tokens(batch["labels"]) for batch in kept]
-    flops = sum(TrainingFlops(model_config)(batch_work(batch, model_config)) for batch in kept)
-    for batch, count in zip(kept[:3], counts, strict=False):
-        step(moved(batch), count)
-    finish()
+    config = training.model_config
+    flops = sum(TrainingFlops(config)(batch_work(batch, config)) for batch in kept) / len(kept)
+    training.steps((training.moved(batch), count) for batch, count in zip(kept[:3], counts, strict=False))
     began = time.perf_counter()
-    for batch in kept:
-        moved(batch)
-    finish()
-    moving = time.perf_counter() - began
-    resident = [moved(batch) for batch in kept]
-    seconds: dict[str, list[float]] = {"resident": [], "shards": []}
-    for name in ("resident", "shards", "resident", "shards"):
-        again = opened(folder, arguments, arguments.workers)
-        batches = again.compact()
-        ready: Iterator[tuple[dict[str, torch.Tensor], int]] = zip(resident, counts, strict=True)
-        if name == "shards":
-            first = next(batches)  # the reading processes begin with the very batches that lie on the device
-            ready = ((moved(batch), count_label_tokens(batch["labels"])) for batch in rest(first, batches, len(kept)))
-        again.wait_seconds = 0.0
-        finish()
-        began = time.perf_counter()
-        for batch, count in ready:
-            step(batch, count)
-        finish()
-        seconds[name].append(time.perf_counter() - began)
-        if name == "shards":
-            waiting = again.wait_seconds / seconds[name][-1]
-        del batches
-    best = {name: min(values) / len(kept) for name, values in seconds.items()}
+    resident = [(training.moved(batch), count) for batch, count in zip(kept, counts, strict=True)]
+    training.finish()
+    moving = (time.perf_counter() - began) / len(kept)
+    on_device, from_shards, waits = [], [], []
+    for _ in range(2):
+        on_device.append(training.steps(resident))
+        seconds, waiting = training.steps_from_shards(len(kept))
+        from_shards.append(seconds)
+        waits.append(waiting)
+    best, read = min(on_device), min(from_shards)
     result = {
-        "device": torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if training.device.type == "cuda" else "cpu",
         "workers": arguments.workers,
-        "step_seconds": best,
-        "spread_seconds": {name: (max(values) - min(values)) / len(kept) for name, values in seconds.items()},
-        "busy": best["resident"] / best["shards"],
-        "waiting_on_the_host": waiting,
-        "moving_and_cropping_seconds": moving / len(kept),
-        "mfu": flops / len(kept) / best["shards"] / PEAK,
-        "samples_per_second": arguments.batch_size / best["shards"],
+        "seconds_on_resident_batches": on_device,
+        "seconds_from_shards": from_shards,
+        "busy": best / read,
+        "waiting_on_the_host": waits,
+        "moving_and_cropping_seconds": moving,
+        "mfu": flops / read / PEAK,
+        "samples_per_second": arguments.batch_size / read,
     }
     print(
-        f"step on resident batches {best['resident']:.3f} s, from shards {best['shards']:.3f} s: the device is busy "
-        f"{result['busy']:.1%} of the time; the host waited {waiting:.2%} for data; moving and cropping a batch "
-        f"{result['moving_and_cropping_seconds'] * 1000:.1f} ms; MFU {result['mfu']:.1%}"
+        f"step on resident batches {best:.3f} s, from shards {read:.3f} s: the device is busy {best / read:.1%} of the "
+        f"time; the host waited {max(waits):.2%} for data; moving and cropping a batch {moving * 1000:.1f} ms; "
+        f"MFU {result['mfu']:.1%}"
     )
     return result
 

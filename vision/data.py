@@ -337,26 +337,16 @@ def open_source(
         accumulation_steps=accumulation_steps,
         balanced=balanced,
     )
-    augment = _augmentation(augmentation)
-    sources: dict[Any, float] = {data: 1.0} if isinstance(data, str | Path) else {tuple(data): 1.0}
-    if mixture:
-        if not isinstance(data, str | Path):
-            raise ValueError(f"with a mixture, data is the folder that its paths start from, got {data!r}")
-        sources = {str(Path(data) / name): weight for name, weight in mixture.items()}
-    readers = [
-        SampleReader(
-            source,
-            collator,
-            augmentation=augment,
-            max_pixels=max_pixels,
-            fast_jpeg=fast_jpeg,
-            cache_decoded=cache_decoded,
-        )
-        for source in sources
-    ]
+    sources = _sources(data, mixture)
+    reading: dict[str, Any] = {
+        "augmentation": _augmentation(augmentation),
+        "max_pixels": max_pixels,
+        "fast_jpeg": fast_jpeg,
+        "cache_decoded": cache_decoded,
+    }
     dataset = ShardDataset(
-        readers,
-        list(sources.values()),
+        [SampleReader(source, collator, **reading) for source, _ in sources],
+        [weight for _, weight in sources],
         collator,
         shape,
         seed=seed,
@@ -364,6 +354,15 @@ def open_source(
         shuffle_stretch=shuffle_stretch,
     )
     return ShardLoader(dataset, num_workers=num_workers)
+
+
+def _sources(data: Data, mixture: Mapping[str, float] | None) -> list[tuple[Data, float]]:
+    """Data sets and their weights."""
+    if not mixture:
+        return [(data, 1.0)]
+    if not isinstance(data, str | Path):
+        raise ValueError(f"with a mixture, data is the folder that its paths start from, got {data!r}")
+    return [(str(Path(data) / name), weight) for name, weight in mixture.items()]
 
 
 def _augmentation(settings: Augmentation | dict[str, Any] | bool | None) -> Augmentation | None:
