@@ -91,11 +91,12 @@ class TextSource:
                 pin_memory=torch.cuda.is_available(),
                 prefetch_factor=4,
                 worker_init_fn=_one_thread,
+                generator=torch.Generator(),  # else its seed comes from the generator of dropout, and resumes differ
                 multiprocessing_context="fork",  # shares the mapped files; other ways would copy them
             )
         for batch, skipped in batches:
             self._state = states.popleft()  # of this batch, not of those that workers have ahead
-            self._own_skips += skipped
+            self._own_skips.update(skipped)
             yield batch
         raise ValueError("the prepared part of the data ended before the run did: remove the run's cache folder")
 
@@ -149,7 +150,7 @@ class TextSource:
         self.mixture.load_state_dict(state["mixture"])
 
 
-class _Rows(Dataset[tuple[Batch, Counter[str]]]):
+class _Rows(Dataset[tuple[Batch, dict[str, int]]]):
     """Batches of planned rows, and how many samples of them could not be used."""
 
     def __init__(
@@ -158,7 +159,7 @@ class _Rows(Dataset[tuple[Batch, Counter[str]]]):
         self.files, self.length = list(files), length
         self.vocab_size, self.pad_token_id, self.mask_documents = vocab_size, pad_token_id, mask_documents
 
-    def __getitem__(self, rows: tuple[Row, ...]) -> tuple[Batch, Counter[str]]:
+    def __getitem__(self, rows: tuple[Row, ...]) -> tuple[Batch, dict[str, int]]:
         """``input_ids``, ``labels`` (m, T) int64, ``attention_mask`` where a row has padding, and ``sequence_lengths``.
 
         Labels are -100 for padding, for what is not learned and, where samples are kept apart, for the first token
@@ -190,7 +191,7 @@ class _Rows(Dataset[tuple[Batch, Counter[str]]]):
             batch["attention_mask"] = torch.from_numpy(mask)
         if self.mask_documents:
             batch["sequence_lengths"] = torch.from_numpy(lengths)
-        return batch, skipped
+        return batch, dict(skipped)  # torch, copying a Counter, would count twice
 
 
 class _Plan(Sampler[tuple[Row, ...]]):

@@ -189,9 +189,13 @@ def test_skips_are_counted_once_over_all_ranks_and_survive_a_resume():
     assert resumed.skips() == dict(total)
 
 
-def test_tokens_beyond_the_vocabulary_are_neither_fed_nor_learned():
-    source = packed_source(numbered_tokens([5, 5]), vocab_size=7, pad_token_id=0, shuffle=False)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_tokens_beyond_the_vocabulary_are_neither_fed_nor_learned(num_workers):
+    tokens = numbered_tokens([5, 5])
+    source = packed_source(tokens, vocab_size=7, pad_token_id=0, shuffle=False, num_workers=num_workers)
+    random_state = torch.get_rng_state()
     batch = next(iter(source))
+    assert torch.equal(torch.get_rng_state(), random_state)  # a resumed run's dropout depends on it
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 0, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 1, 2, 3, 4, -100, -100, -100, -100, -100]]
     assert batch["sequence_lengths"].tolist() == [[5, 5]]
