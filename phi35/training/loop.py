@@ -1,7 +1,7 @@
 """The loop of a training run: batches to the device, updates, metrics, checkpoints."""
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,10 @@ class _Loop:
 
     def _update(self, step: int) -> None:
         accumulation = self.config.gradient_accumulation_steps(self.environment.world_size)
-        micro_batches, num_tokens, work = self._next_micro_batches(accumulation)
+        expand = getattr(self.source, "expand", None)
+        micro_batches, num_tokens, work = next_micro_batches(
+            self.batches, accumulation, self.engine, expand, self.watchdog.beat
+        )
         global_num_tokens = _sum_over_ranks(sum(num_tokens), self.environment)
         learning_rate = self.engine.set_learning_rate(step)
         result = self.engine.step(micro_batches, num_tokens, global_num_tokens)
@@ -186,29 +189,43 @@ class _Loop:
             if self.environment.is_main:
                 warn(f"{error}; the run goes on")
 
-    def _next_micro_batches(self, count: int) -> tuple[list[dict[str, torch.Tensor]], list[int], Work]:
-        """``count`` micro-batches on the device; their label tokens and work, counted before they leave the host."""
-        device, shared = self.environment.device, self.engine.sequence_parallel
-        expand = getattr(self.source, "expand", None)
-        model: Any = self.engine.model
-        taken, num_tokens, work = [], [], Work()
-        for _ in range(count):
-            batch = next(self.batches)
-            self.watchdog.beat()
-            if shared is None or shared.rank == 0:  # ranks that share rows read them whole: count them once
-                work += batch_work(batch, model.config)
-            if shared is not None:
-                batch = local_part(batch, shared, model.config)
-            num_tokens.append(count_tokens(batch))
-            moved = {
-                name: value if name in HOST_INPUTS else value.to(device, non_blocking=True)
-                for name, value in batch.items()
-            }
-            moved = moved if expand is None else expand(moved)
-            if padded_on_right(batch.get("attention_mask")):
-                moved = {**moved, "padding_side": "right"}  # seen here, not on the device
-            taken.append(moved)
-        return taken, num_tokens, work
+
+def next_micro_batches(
+    batches: Iterator[dict[str, torch.Tensor]],
+    count: int,
+    engine: Engine,
+    expand: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+    beat: Callable[[], None] | None = None,
+) -> tuple[list[dict[str, torch.Tensor]], list[int], Work]:
+    """``count`` micro-batches on the device; their label tokens and work, counted before they leave the host.
+
+    Args:
+        batches: of this rank, on the host.
+        count: micro-batches of a step.
+        engine: says the device, and which ranks share rows.
+        expand: turns what has reached the device into the model's inputs.
+        beat: called after each batch has come.
+    """
+    device, shared = engine.environment.device, engine.sequence_parallel
+    model: Any = engine.model
+    taken, num_tokens, work = [], [], Work()
+    for _ in range(count):
+        batch = next(batches)
+        if beat is not None:
+            beat()
+        if shared is None or shared.rank == 0:  # ranks that share rows read them whole: count them once
+            work += batch_work(batch, model.config)
+        if shared is not None:
+            batch = local_part(batch, shared, model.config)
+        num_tokens.append(count_tokens(batch))
+        moved: dict[str, Any] = {
+            name: value if name in HOST_INPUTS else value.to(device, non_blocking=True) for name, value in batch.items()
+        }
+        moved = moved if expand is None else expand(moved)
+        if padded_on_right(batch.get("attention_mask")):
+            moved = {**moved, "padding_side": "right"}  # seen here, not on the device
+        taken.append(moved)
+    return taken, num_tokens, work
 
 
 def padded_on_right(attention_mask: torch.Tensor | None) -> bool:

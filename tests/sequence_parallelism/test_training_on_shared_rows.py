@@ -119,7 +119,7 @@ def shared_steps(rank, world_size, model, changes, overrides, packed):
     from phi35.training.build import read_model_config
     from phi35.training.engine import Engine, shard_experts
     from phi35.training.environment import start
-    from phi35.training.loop import _next_micro_batches, _sum_over_ranks
+    from phi35.training.loop import _sum_over_ranks, next_micro_batches
     from phi35.training.optimizer_state import PARAMETER, OptimizerState
     from phi35.training.parameter_groups import freeze_parameters
 
@@ -138,7 +138,7 @@ def shared_steps(rank, world_size, model, changes, overrides, packed):
         starts = range(group * size, ROWS, size * groups)
         micro = [rows_of(batch, list(range(first, first + size))) for first in starts]
         assert len(micro) == accumulation
-        batches, counts, _ = _next_micro_batches(iter(micro), accumulation, engine, None)
+        batches, counts, _ = next_micro_batches(iter(micro), accumulation, engine)
         engine.set_learning_rate(step)
         result = engine.step(batches, counts, _sum_over_ranks(sum(counts), place))
         share = result.loss.clone()

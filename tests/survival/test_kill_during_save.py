@@ -25,7 +25,7 @@ def small_engine():
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 32)).sum().backward()
     optimizer.step()
-    config = SimpleNamespace(zero_stage=0, dtype="float32", ep_size=1)
+    config = SimpleNamespace(zero_stage=0, dtype="float32", ep_size=1, optimizer="adamw")
     return SimpleNamespace(
         model=model, optimizer=optimizer, base_optimizer=optimizer, config=config, environment=ALONE, balancer=None
     )
