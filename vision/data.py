@@ -289,7 +289,7 @@ def open_source(
     accumulation_steps: int = 1,
     seed: int = 0,
     num_workers: int = 0,
-    mixture: Mapping[str, float] | None = None,
+    sources: Sequence[Mapping[str, Any]] | None = None,
     max_length: int | None = None,
     num_crops: int | None = None,
     packed: bool = False,
@@ -304,7 +304,7 @@ def open_source(
     """The data source of a vision training: see ``ShardDataset`` and ``ShardLoader``.
 
     Args:
-        data: shards; with ``mixture`` the folder that its relative paths start from.
+        data: shards (see ``vision.shards.find_shards``); "mixture" with ``sources``.
         model_config: a config with ``vision``.
         processor: the model's processor or tokenizer.
         rank: of this process.
@@ -313,7 +313,7 @@ def open_source(
         accumulation_steps: batches of a rank in one optimizer step.
         seed: of everything random.
         num_workers: reading processes.
-        mixture: several data sets, each with its weight (its part of the samples, not of the tokens).
+        sources: several data sets, each a dict with ``data`` and ``weight`` (part of the samples; 1 if left out).
         max_length: longest sequence in tokens.
         num_crops: limit of tiles of a picture, in place of the model config's.
         packed: samples of a batch stand in one row, in place of rows padded to the longest.
@@ -337,7 +337,7 @@ def open_source(
         accumulation_steps=accumulation_steps,
         balanced=balanced,
     )
-    sources = _sources(data, mixture)
+    described = _sources(data, sources)
     reading: dict[str, Any] = {
         "augmentation": _augmentation(augmentation),
         "max_pixels": max_pixels,
@@ -345,8 +345,8 @@ def open_source(
         "cache_decoded": cache_decoded,
     }
     dataset = ShardDataset(
-        [SampleReader(source, collator, **reading) for source, _ in sources],
-        [weight for _, weight in sources],
+        [SampleReader(source, collator, **reading) for source, _ in described],
+        [weight for _, weight in described],
         collator,
         shape,
         seed=seed,
@@ -356,13 +356,19 @@ def open_source(
     return ShardLoader(dataset, num_workers=num_workers)
 
 
-def _sources(data: Data, mixture: Mapping[str, float] | None) -> list[tuple[Data, float]]:
+def _sources(data: Data, sources: Sequence[Mapping[str, Any]] | None) -> list[tuple[Data, float]]:
     """Data sets and their weights."""
-    if not mixture:
+    if (data == "mixture") != (sources is not None):
+        raise ValueError("several data sets are given as data='mixture' with data_options.sources=[{data: ...}, ...]")
+    if sources is None:
         return [(data, 1.0)]
-    if not isinstance(data, str | Path):
-        raise ValueError(f"with a mixture, data is the folder that its paths start from, got {data!r}")
-    return [(str(Path(data) / name), weight) for name, weight in mixture.items()]
+    for source in sources:
+        if not isinstance(source, Mapping) or "data" not in source or set(source) - {"data", "weight"}:
+            raise ValueError(f"each of data_options.sources needs 'data' and may have 'weight', got {source!r}")
+    try:
+        return [(source["data"], float(source.get("weight", 1.0))) for source in sources]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"weights of data_options.sources must be numbers: {error}") from error
 
 
 def _augmentation(settings: Augmentation | dict[str, Any] | bool | None) -> Augmentation | None:

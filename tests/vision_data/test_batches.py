@@ -355,13 +355,12 @@ def test_augmentation_is_reproducible_and_leaves_its_input_alone() -> None:
 
 def test_a_run_resumes_to_the_bit_in_the_midst_of_everything(shards: Path, tokenizer: Tokenizer) -> None:
     """Mixture, stretches, alternatives, augmentation, packing, balance, accumulation, reading processes."""
-    folder = shards.parent
-    names = {shards.name: 3.0, f"{shards.name}/*-00001.tar": 1.0}
+    sources = [{"data": str(shards), "weight": 3}, {"data": f"{shards}/*-00001.tar"}]
 
     def open_rank(num_workers: int) -> ShardLoader:
         return open_source(
-            folder,
-            mixture=names,
+            "mixture",
+            sources=sources,
             model_config=CONFIG,
             processor=tokenizer,
             rank=1,
@@ -386,7 +385,7 @@ def test_a_run_resumes_to_the_bit_in_the_midst_of_everything(shards: Path, token
     stopped = open_rank(0)
     take(stopped, 11)  # within a global batch: it is computed again as a whole
     assert stopped.state_dict() == state
-    names[shards.name] = 2.0
+    sources[0]["weight"] = 2
     with pytest.raises(ValueError, match="weights"):
         open_rank(0).load_state_dict(state)
 
@@ -397,12 +396,19 @@ def test_unknown_and_impossible_settings_are_named(shards: Path, tokenizer: Toke
         ({"rank": 2, "world_size": 2}, "rank < world_size"),
         ({"micro_batch_size": 0}, "micro_batch_size"),
         ({"num_workers": -1}, "num_workers"),
-        ({"mixture": {"absent": 1.0}}, "no shards"),
-        ({"mixture": {shards.name: 0.0}}, "weights"),
         ({"shuffle_stretch": 0}, "stretch"),
+        ({"sources": [{"data": str(shards)}]}, "data='mixture'"),
     ):
-        data = shards.parent if "mixture" in options and "absent" not in options["mixture"] else shards
         with pytest.raises(ValueError, match=message):
-            open_source(data, **common, **options)
-    with pytest.raises(ValueError, match="folder that its paths start from"):
-        open_source([shards], mixture={"a": 1.0}, **common)
+            open_source(shards, **common, **options)
+    for sources, message in (
+        (None, "data='mixture'"),
+        ([], "weights"),
+        ([{"data": "absent"}], "no shards"),
+        ([{"weight": 1}], "needs 'data'"),
+        ([{"data": str(shards), "share": 1}], "needs 'data'"),
+        ([{"data": str(shards), "weight": 0}], "weights"),
+        ([{"data": str(shards), "weight": "much"}], "numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_source("mixture", sources=sources, **common)
