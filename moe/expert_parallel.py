@@ -25,8 +25,9 @@ from phi35.outputs import RouterOutput
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
 
-NUM_CHUNKS = {"cpu": 1, "cuda": 2}
-"""Pieces into which an exchange is cut by default, by device: with two, half of its rows travel under products."""
+NUM_CHUNKS = {"cpu": 1, "cuda": 1}
+"""Pieces into which an exchange is cut by default, by device. Measured on two H100 with NVLink: with more pieces less
+of the exchange is waited for, but the products take as much longer (docs/moe.md); slower links may want two."""
 
 
 def validate(ep_size: int, world_size: int, num_experts: int, zero_stage: int = 0) -> None:

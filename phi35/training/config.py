@@ -54,7 +54,7 @@ class TrainingConfig:
         offload: "none", or "optimizer": master weights and moments in host memory.
         ep_size: ranks that share one set of experts; None: the greatest common divisor of ranks and experts
             (1 for dense models and ZeRO-3).
-        ep_chunks: pieces in which tokens travel to experts, under each other's products; None: 1 on a CPU, 2 on a GPU.
+        ep_chunks: pieces in which tokens travel to experts, under each other's products; None for 1.
         sequence_parallel_size: neighbouring ranks that share each row, a stretch of its tokens and a part of the
             attention heads each (Ulysses), for samples too long for one GPU.
         gradient_checkpointing: what the backward pass computes again: True for each whole layer, "selective" for what
