@@ -5,6 +5,7 @@ size, ZeRO stage and expert-parallel size loads at any other. DeepSpeed's own ch
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,24 @@ def open_checkpoint(folder: str | Path, environment: Environment) -> CheckpointR
     return reader
 
 
+def check_fit(reader: CheckpointReader, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares a checkpoint's weights with the names and shapes of a model's.
+
+    Raises:
+        ValueError: with all missing, unknown and misshapen tensors.
+    """
+    stored = reader.names(PARAMETER)
+    problems = [f"missing {name}" for name in sorted(set(shapes) - stored)]
+    problems += [f"unknown {name}" for name in sorted(stored - set(shapes))]
+    problems += [
+        f"{name} is {reader.shape(PARAMETER, name)}, the model wants {shapes[name]}"
+        for name in sorted(stored & set(shapes))
+        if reader.shape(PARAMETER, name) != shapes[name]
+    ]
+    if problems:
+        raise ValueError(f"checkpoint {str(reader.folder)!r} does not fit the model: " + "; ".join(problems))
+
+
 @torch.no_grad()
 def load_parameters(model: nn.Module, reader: CheckpointReader) -> None:
     """Fills a model, whole or with its experts sharded, before the engine is built.
@@ -78,17 +97,11 @@ def load_parameters(model: nn.Module, reader: CheckpointReader) -> None:
         ValueError: with all missing, unknown and misshapen tensors.
     """
     parameters: dict[str, Any] = dict(model.named_parameters())
-    stored = reader.names(PARAMETER)
-    problems = [f"missing {name}" for name in sorted(set(parameters) - stored)]
-    problems += [f"unknown {name}" for name in sorted(stored - set(parameters))]
-    for name in sorted(stored & set(parameters)):
-        shape = list(parameters[name].shape)
-        if hasattr(parameters[name], "expert_shard"):
-            shape[0] = parameters[name].expert_shard[1]
-        if tuple(shape) != reader.shape(PARAMETER, name):
-            problems.append(f"{name} is {reader.shape(PARAMETER, name)}, the model wants {tuple(shape)}")
-    if problems:
-        raise ValueError(f"checkpoint {str(reader.folder)!r} does not fit the model: " + "; ".join(problems))
+    shapes = {}
+    for name, parameter in parameters.items():
+        shard = getattr(parameter, "expert_shard", None)
+        shapes[name] = tuple(parameter.shape) if shard is None else (shard[1], *parameter.shape[1:])
+    check_fit(reader, shapes)
     for name, parameter in parameters.items():
         parameter.copy_(_read(reader, PARAMETER, name, parameter))
 

@@ -1,5 +1,7 @@
-"""From a training checkpoint to a folder in Hugging Face form, on the CPU, without DeepSpeed."""
+"""From a training checkpoint to a folder in Hugging Face form, on the CPU, without DeepSpeed, a tensor at a time."""
 
+import dataclasses
+import functools
 import json
 import warnings
 from pathlib import Path
@@ -7,11 +9,16 @@ from typing import Any
 
 import torch
 
-from phi35.loading import empty_model, save
+from phi35.checkpoint.rules import CheckpointPlan, Placement
+from phi35.checkpoint.streaming import check_space, check_target
+from phi35.checkpoint.writer import DeferredTensor, checkpoint_bytes, write_json, write_weights
+from phi35.config import ModelConfig
+from phi35.config_io import to_generation_dict, to_hf_dict
 from phi35.processor import Processor
 from phi35.training.build import build_processor
-from phi35.training.checkpoint import load_parameters, model_config_from_dict
+from phi35.training.checkpoint import check_fit, model_config_from_dict
 from phi35.training.checkpoint_files import CheckpointReader, complete_checkpoints
+from phi35.training.optimizer_state import PARAMETER
 
 SELECTION_BIAS_FILE = "router_selection_bias.json"
 """Beside an exported model that was trained with one: a list per sparse layer of a number per expert."""
@@ -40,7 +47,7 @@ def export(
         The output folder.
 
     Raises:
-        ValueError: if there is no complete checkpoint, or it is damaged.
+        ValueError: if there is no complete checkpoint, or it is damaged, or the disk has no room.
     """
     from phi35.training.config import TrainingConfig
 
@@ -51,12 +58,53 @@ def export(
         processor = Processor.from_folder(processor_folder, model_config)
     elif processor is None:
         processor = build_processor(config, model_config)
-    cpu, name = torch.device("cpu"), dtype or config.dtype
-    model = empty_model(model_config, cpu, getattr(torch, name))
-    load_parameters(model, reader)
-    save(model, processor, str(output))
-    _write_selection_bias(reader.trainer.get("selection_bias"), Path(output))
-    return Path(output)
+    target, stored_as = Path(output), getattr(torch, dtype or config.dtype)
+    check_target(reader.folder, target)
+    tensors = _TrainedTensors(reader, model_config, stored_as).deferred()
+    check_space(target, checkpoint_bytes(tensors))
+    write_weights(target, tensors)
+    write_json(target / "config.json", to_hf_dict(model_config, stored_as))
+    write_json(target / "generation_config.json", to_generation_dict(model_config))
+    if processor is not None:
+        processor.save(target)
+    _write_selection_bias(reader.trainer.get("selection_bias"), target)
+    return target
+
+
+class _TrainedTensors:
+    """A training checkpoint's weights under their published names, each read when its turn to be written comes.
+
+    Of stacked experts one at a time is read, so that memory holds a single tensor of the published checkpoint beside
+    the one of the training's that it is cut from.
+
+    Raises:
+        ValueError: if the checkpoint does not fit its config, with all that is missing, unknown or misshapen.
+    """
+
+    def __init__(self, reader: CheckpointReader, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.reader, self.dtype = reader, dtype
+        self.plan = CheckpointPlan(config)
+        check_fit(reader, self.plan.shapes)
+        self._last: tuple[tuple[str, int | None], torch.Tensor] | None = None
+
+    def deferred(self) -> dict[str, DeferredTensor]:
+        """Disk name -> tensor to be made, in the model's order."""
+        return {
+            placement.disk_name: DeferredTensor(
+                self.plan.disk_shape(placement), self.dtype, functools.partial(self._tensor, placement)
+            )
+            for placement in self.plan.written()
+        }
+
+    def _tensor(self, placement: Placement) -> torch.Tensor:
+        key = (placement.memory_name, placement.index)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # its memory first
+            name, index = key
+            one = {} if index is None else {"offset": index, "rows": 1}
+            read = self.reader.read(PARAMETER, name, **one).to(self.dtype)
+            self._last = (key, read if index is None else read[0])
+        return dataclasses.replace(placement, index=None).view(self._last[1])
 
 
 def _write_selection_bias(selection_bias: list[list[float]] | None, output: Path) -> None:
