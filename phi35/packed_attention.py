@@ -8,6 +8,8 @@ torch's attention runs sample by sample. Padding behind a row's last sample atte
 
 import functools
 import inspect
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +26,22 @@ class PackedRows:
     Attributes:
         length: T.
         samples: per row the lengths of its samples, in order; they may leave padding at the row's end.
-        segments: lengths of all samples and paddings of the B T tokens, in order; none is 0.
-        offsets: (n + 1,) int32 on the device: where each segment begins, and the end.
+        segments: lengths of all n samples and paddings of the B T tokens, in order; none is 0.
+        all_offsets: (N + 1,) int32 on the device: where each segment begins, and the end, which is repeated until N
+            is a power of two.
         longest: length of the longest segment.
     """
 
     length: int
     samples: tuple[tuple[int, ...], ...]
     segments: tuple[int, ...]
-    offsets: torch.Tensor
+    all_offsets: torch.Tensor
     longest: int
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        """(n + 1,) int32 where each segment begins, and the end."""
+        return self.all_offsets[: len(self.segments) + 1]
 
     @property
     def is_plain(self) -> bool:
@@ -87,14 +95,15 @@ def packed_rows(sequence_lengths: torch.Tensor, batch: int, length: int, device:
             )
         samples.append(lengths)
         segments += [*lengths, rest] if rest else lengths
-    offsets = torch.tensor([0, *segments], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    empty = max(8, 1 << (len(segments) - 1).bit_length()) - len(segments)
+    offsets = torch.tensor([0, *segments, *[0] * empty], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     if device.type == "cuda":
         offsets = offsets.pin_memory()  # from other memory the copy would wait for the device
     return PackedRows(
         length=length,
         samples=tuple(samples),
         segments=tuple(segments),
-        offsets=offsets.to(device, non_blocking=True),
+        all_offsets=offsets.to(device, non_blocking=True),
         longest=max(segments),
     )
 
@@ -122,20 +131,30 @@ def attend_packed(
     """
     batch = queries.shape[0]
     flat = tuple(tensor.transpose(1, 2).flatten(0, 1) for tensor in (queries, keys, values))  # (B T, heads, d)
-    if queries.device.type == "cuda" and queries.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        attended = _flash(flat, rows, window)
+    one_kernel = queries.device.type == "cuda" and queries.dtype in (torch.float16, torch.bfloat16) and not dropout
+    if torch.compiler.is_compiling():
+        if not one_kernel:
+            raise ValueError(
+                "compiled layers take packed rows on a GPU in 16 bit, without attention_dropout: set compile=false, "
+                "or data_options.mask_documents=false"
+            )
+        # A bound that no batch changes, and one of few numbers of segments: else every batch would compile anew.
+        attended = _flash(flat, rows.all_offsets, rows.length, window)
+    elif one_kernel:
+        attended = _flash(flat, rows.offsets, rows.longest, window)
     else:
-        attended = _one_by_one(flat, rows, window, dropout)
+        attended = _one_by_one(flat, rows.segments, window, dropout)
     return attended.unflatten(0, (batch, rows.length)).transpose(1, 2)
 
 
 def ignore_first_tokens(labels: torch.Tensor, sequence_lengths: torch.Tensor) -> torch.Tensor:
     """Labels (B, T) of packed rows without those that another sample would have to predict: each sample's first."""
+    length = labels.shape[1]
     firsts = [
-        number * labels.shape[1] + sum(row[:index])
+        number * length + first
         for number, row in enumerate(sequence_lengths.tolist())
-        for index in range(len(row))
-        if sum(row[:index]) < labels.shape[1]
+        for first in itertools.accumulate(row[:-1], initial=0)
+        if first < length
     ]
     index = torch.tensor(firsts, dtype=torch.int64)
     if labels.device.type == "cuda":
@@ -143,23 +162,23 @@ def ignore_first_tokens(labels: torch.Tensor, sequence_lengths: torch.Tensor) ->
     return labels.flatten().index_fill(0, index, IGNORED_LABEL).view_as(labels)
 
 
-def _flash(flat: tuple[torch.Tensor, ...], rows: PackedRows, window: int | None) -> torch.Tensor:
-    """All samples by one kernel: queries, keys and values (B T, heads, d) to (B T, H, d)."""
+def _flash(flat: tuple[torch.Tensor, ...], offsets: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:
+    """All samples by one kernel."""
     attention, options = _varlen_attention()
     queries, keys, values = flat
     if "enable_gqa" in options:
         extra: dict[str, Any] = {"enable_gqa": queries.shape[1] != keys.shape[1]}
     else:
         extra = {}  # takes fewer keys than queries as they come
-    left = -1 if window is None or window >= rows.longest else window - 1
+    left = -1 if window is None or window >= longest else window - 1
     return attention(
         queries,
         keys,
         values,
-        rows.offsets,
-        rows.offsets,
-        rows.longest,
-        rows.longest,
+        offsets,
+        offsets,
+        longest,
+        longest,
         window_size=(left, 0),
         **extra,
     )
@@ -172,10 +191,12 @@ def _varlen_attention() -> tuple[Any, frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _one_by_one(flat: tuple[torch.Tensor, ...], rows: PackedRows, window: int | None, dropout: float) -> torch.Tensor:
-    """The same, sample by sample."""
+def _one_by_one(
+    flat: tuple[torch.Tensor, ...], segments: Sequence[int], window: int | None, dropout: float
+) -> torch.Tensor:
+    """Sample by sample."""
     # One split, not slices: the backward pass of a slice writes a tensor of the whole's size.
-    pieces = zip(*(tensor.split(rows.segments) for tensor in flat), strict=True)
+    pieces = zip(*(tensor.split(segments) for tensor in flat), strict=True)
     attended = []
     for piece in pieces:
         query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in piece)  # (1, heads, n, d)

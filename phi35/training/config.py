@@ -220,6 +220,8 @@ class TrainingConfig:
             problems.append(
                 f"ep_size ({ep_size}) must divide both processes ({world_size}) and experts ({num_experts})"
             )
+        if self.sequence_parallel_size > 1 and self.compile:
+            problems.append("compile=true takes whole layers, and processes that share rows exchange heads within them")
         if ep_size > 1 and self.compile:
             problems.append(
                 "compile=true takes whole layers, and experts spread over processes read counts on the host"

@@ -155,6 +155,17 @@ def test_dropout_acts_on_packed_samples():
     assert torch.equal(first, model(ids, sequence_lengths=lengths).logits)
 
 
+def test_compiled_layers_refuse_what_they_would_compile_anew_for_every_batch():
+    model = built().train()
+    ids, lengths, _ = packed()
+    for layer in model.model.layers:
+        layer.compile(backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="on a GPU in 16 bit"):
+        model(ids, sequence_lengths=lengths)
+    whole = torch.full((len(ids), 1), LENGTH)
+    assert torch.equal(model(ids, sequence_lengths=whole).logits, built().train()(ids).logits)
+
+
 def test_a_row_may_be_all_padding():
     model = built().eval()
     ids, lengths, _ = packed()

@@ -207,6 +207,7 @@ AUX = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1, "ep_size": 1}
     [
         ({"sequence_parallel_size": 2}, 3, r"sequence_parallel_size \(2\) must divide the number of processes \(3\)"),
         ({"sequence_parallel_size": 2, "global_batch_size": 6}, 8, r"that share no rows \(2 x 4\)"),
+        ({"sequence_parallel_size": 2, "compile": True}, 2, "exchange heads within them"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, world_size, message):
