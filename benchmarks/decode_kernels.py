@@ -23,7 +23,7 @@ from phi35.config import ModelConfig
 from phi35.kernels import attention, reference, sampling, vector
 from phi35.kernels.attention import AttentionScratch
 from phi35.kernels.configs import AttentionConfig, VectorConfig
-from phi35.kernels.operands import Norm, Rope, StepState
+from phi35.kernels.operands import LayerCache, Norm, Rope, StepState
 
 ROTATED_BYTES = 768 * 2**20
 PRESETS = {"mini": "phi-3.5-mini", "moe": "phi-3.5-moe"}
@@ -180,15 +180,26 @@ def qkv_case(config: ModelConfig, copies: int | None) -> Case:
     rope = Rope(torch.rand(2, dim // 2, device="cuda"), torch.ones(2, device="cuda"))
     lengths, long = torch.tensor([37], device="cuda"), torch.tensor([True], device="cuda")
     query, keys, values = draw(1, heads * dim), draw(1, num_kv, 65, dim), draw(1, num_kv, 65, dim)
+    cache = LayerCache(keys, values)
 
     def launch(number: int, shape: VectorConfig, pdl: bool) -> None:
-        operands = (hidden, norm, weights[number], bias, rope, lengths, long, query, keys, values)
+        operands = (hidden, norm, weights[number], bias, rope, lengths, long, query, cache)
         vector.project_qkv(*operands, shape, pdl)
 
     def error() -> float:
         plain = [value.float() for value in (query, keys, values)]
         wide_bias = None if bias is None else bias.float()
-        reference.project_qkv(hidden.float(), wide(norm), weights[0].float(), wide_bias, rope, lengths, long, *plain)
+        reference.project_qkv(
+            hidden.float(),
+            wide(norm),
+            weights[0].float(),
+            wide_bias,
+            rope,
+            lengths,
+            long,
+            plain[0],
+            LayerCache(*plain[1:]),
+        )
         mine = [query, keys[:, :, 37], values[:, :, 37]]
         return max(map(relative, mine, [plain[0], plain[1][:, :, 37], plain[2][:, :, 37]]))
 
@@ -277,12 +288,13 @@ def attention_case(
     def launch(number: int, shape: AttentionConfig, pdl: bool) -> None:
         if shape.splits not in scratches:
             scratches[shape.splits] = AttentionScratch(batch, num_kv, heads // num_kv, dim, shape.splits, query.device)
-        operands = (query, keys[number], values[number], lengths, out, scratches[shape.splits])
+        operands = (query, LayerCache(keys[number], values[number]), lengths, out, scratches[shape.splits])
         attention.attend(*operands, None, shape, pdl)
 
     def error() -> float:
         plain = out[:1].float()
-        reference.attend(query[:1].float(), keys[0][:1].float(), values[0][:1].float(), lengths[:1], plain, None)
+        cache = LayerCache(keys[0][:1].float(), values[0][:1].float())
+        reference.attend(query[:1].float(), cache, lengths[:1], plain, None)
         return relative(out[:1], plain)
 
     return Case(name, num_bytes, [AttentionConfig(*shape) for shape in shapes], launch, error, total)

@@ -8,6 +8,7 @@ set its keys were rotated, since keys of one set are wrong beside queries of the
 import torch
 
 from phi35.config import ModelConfig
+from phi35.kernels.operands import LayerCache
 
 GROWTH_SLOTS = 256
 """A growing cache is enlarged to a multiple of this many slots, at least doubling."""
@@ -120,6 +121,10 @@ class KVCache:
     def read(self, layer: int, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views (B, K, num_slots, d) of one layer's keys and values."""
         return self.keys[layer][:, :, :num_slots], self.values[layer][:, :, :num_slots]
+
+    def layer(self, number: int) -> LayerCache:
+        """One layer's keys and values as a decoding step takes them, the slot for padding last."""
+        return LayerCache(self.keys[number], self.values[number])
 
     def select_rows(self, rows: torch.Tensor) -> "KVCache":
         """A new cache holding copies of the given rows, in the given order.

@@ -16,7 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from phi35.cache import KVCache
 from phi35.kernels import reference
-from phi35.kernels.operands import Rope, norm_of
+from phi35.kernels.operands import LayerCache, Rope, norm_of
 from phi35.kernels.operations import BatchOperations, PlainOperations
 from phi35.kernels.reference import normed
 from phi35.kernels.tuning import DEFAULT
@@ -113,7 +113,7 @@ class _Prefill:
         else:
             from phi35.kernels.batched import rotate_prompt
 
-            self.operations, self.rotate = BatchOperations(act, window, cache.keys[0], heads, DEFAULT), rotate_prompt
+            self.operations, self.rotate = BatchOperations(act, window, cache.layer(0), heads, DEFAULT), rotate_prompt
 
     def run(self, chunk: list[Segment]) -> torch.Tensor:
         """Hidden states (N, D) of a chunk's tokens after the last layer."""
@@ -121,10 +121,10 @@ class _Prefill:
         hidden = torch.cat([self._embeddings(segment) for segment in chunk])
         tokens = self._token_table(chunk, hidden.device)
         for number, layer in enumerate(decoder.layers):
-            keys, values = self.cache.keys[number], self.cache.values[number]
+            cache = self.cache.layer(number)
             projected = layer.self_attn.qkv_proj(normed(hidden, norm_of(layer.input_layernorm)))
-            self.rotate(projected, self.rope, *tokens, keys, values, self.config.num_attention_heads)
-            attended = self._attend(projected, keys, values, chunk)
+            self.rotate(projected, self.rope, *tokens, cache, self.config.num_attention_heads)
+            attended = self._attend(projected, cache, chunk)
             del projected
             ops.project_add(attended, layer.self_attn.o_proj, hidden)
             feed_forward = ops.sparse if self.config.is_sparse_layer(number) else ops.dense
@@ -157,21 +157,19 @@ class _Prefill:
         positions, places, use_long = torch.cat(rows, dim=1).to(device).unbind()
         return positions, places, use_long
 
-    def _attend(
-        self, projected: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: list[Segment]
-    ) -> torch.Tensor:
+    def _attend(self, projected: torch.Tensor, cache: LayerCache, chunk: list[Segment]) -> torch.Tensor:
         """(N, H d) attention of every token over its prompt up to itself."""
-        head_dim, num_heads = keys.shape[3], self.config.num_attention_heads
+        head_dim, num_heads = cache.head_dim, self.config.num_attention_heads
         heads = projected.view(len(projected), -1, head_dim)
         begun = 1 if chunk[0].start else 0
         first = chunk[0].length if begun else 0
         parts = []
         if begun:
             place, end = self.prompts[chunk[0].prompt].place, chunk[0].start + first
-            past = keys[place : place + 1, :, :end], values[place : place + 1, :, :end]
+            past = cache.read(place, end)
             parts.append(_over_cache(heads[:first, :num_heads], *past, self.config.sliding_window))
         if begun < len(chunk):
-            split = (num_heads, keys.shape[1], keys.shape[1])
+            split = (num_heads, cache.num_kv, cache.num_kv)
             query, key, value = (part.transpose(0, 1)[None] for part in heads[first:].split(split, dim=1))
             parts.append(self._fresh(query, key, value, [segment.length for segment in chunk[begun:]]))
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1)

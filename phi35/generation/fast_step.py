@@ -80,10 +80,10 @@ class DecodeStep:
         decoder, ops, state = self.model.model, self.operations, self.state
         ops.embed(state.tokens, decoder.embed_tokens, self.hidden)
         for number, layer in enumerate(decoder.layers):
-            attention, keys, values = layer.self_attn, self.cache.keys[number], self.cache.values[number]
+            attention, cache = layer.self_attn, self.cache.layer(number)
             norm = norm_of(layer.input_layernorm)
-            ops.project_qkv(self.hidden, norm, attention.qkv_proj, self.rope, state, self.query, keys, values)
-            ops.attend(self.query, keys, values, state, self.attended, (attention.o_proj, layer.mlp))
+            ops.project_qkv(self.hidden, norm, attention.qkv_proj, self.rope, state, self.query, cache)
+            ops.attend(self.query, cache, state, self.attended, (attention.o_proj, layer.mlp))
             ops.project_add(self.attended, attention.o_proj, self.hidden)
             feed_forward = ops.sparse if self.config.is_sparse_layer(number) else ops.dense
             feed_forward(self.hidden, norm_of(layer.post_attention_layernorm), layer.mlp)
@@ -128,11 +128,11 @@ class DecodeStep:
         act, window = self.config.hidden_act, self.config.sliding_window
         if plain:
             return PlainOperations(act, window)
-        keys, heads = self.cache.keys[0], self.config.num_attention_heads
+        cache, heads = self.cache.layer(0), self.config.num_attention_heads
         if self.cache.batch_size > 1:
-            return BatchOperations(act, window, keys, heads, tuning)
+            return BatchOperations(act, window, cache, heads, tuning)
         pdl = availability.has_programmatic_launch(self.model.device) if pdl is None else pdl
-        return VectorOperations(act, window, keys, heads, tuning, pdl)
+        return VectorOperations(act, window, cache, heads, tuning, pdl)
 
 
 def limit(model: Any) -> str | None:

@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from phi35.kernels.common import launch_options, prefetch, wait_for_predecessor
+from phi35.kernels.common import launch_options, prefetch, slot_offset, wait_for_predecessor
 from phi35.kernels.configs import AttentionConfig
+from phi35.kernels.operands import LayerCache
 
 PREFETCHED_BYTES = 32768
 """Keys, and as many values, that a program asks for before it waits."""
@@ -28,8 +29,7 @@ class AttentionScratch:
 
 def attend(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: LayerCache,
     lengths: torch.Tensor,
     out: torch.Tensor,
     scratch: AttentionScratch,
@@ -42,8 +42,7 @@ def attend(
 
     Args:
         query: (B, H d), rotated.
-        keys: (B, K, slots, d).
-        values: like ``keys``.
+        cache: of B rows; pages hold whole steps of keys.
         lengths: (B,) int64, slot of each row's new token; a longer row reads as a full one.
         out: (B, H d), written.
         scratch: made for the same sizes and splits.
@@ -53,13 +52,15 @@ def attend(
         ahead: up to three contiguous tensors (weights of the kernels to come) that are brought into the second-level
             cache meanwhile: attention over few keys leaves the memory idle.
     """
-    batch, num_kv, slots, head_dim = keys.shape
+    batch, num_kv, head_dim, slots = query.shape[0], cache.num_kv, cache.head_dim, cache.num_slots
+    assert cache.page_size % config.block == 0
     group = query.shape[1] // head_dim // num_kv
     asked = [(tensor, tensor.nbytes) for tensor in ahead] + [(query, 0)] * (3 - len(ahead))
     _attend_kernel[(config.splits, num_kv, batch)](
         query,
-        keys,
-        values,
+        cache.keys,
+        cache.values,
+        cache.keys if cache.table is None else cache.table,
         lengths,
         out,
         scratch.sums,
@@ -77,6 +78,7 @@ def attend(
         SPLITS=config.splits,
         PADDED_SPLITS=triton.next_power_of_2(config.splits),
         BLOCK=config.block,
+        PAGE=cache.page_size,
         STAGES=config.num_stages,
         WINDOW=sliding_window if sliding_window is not None and sliding_window < slots else 0,
         KEY_BYTES=PREFETCHED_BYTES,
@@ -92,6 +94,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     query,
     keys,
     values,
+    table,
     lengths,
     out,
     sums,
@@ -113,6 +116,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
     STAGES: tl.constexpr,
     WINDOW: tl.constexpr,
     KEY_BYTES: tl.constexpr,
@@ -125,16 +129,19 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     # Written by the sampler at the end of the previous step.
     total = tl.minimum(tl.load(lengths + row), capacity).to(tl.int32) + 1
     first = tl.maximum(total - WINDOW, 0) if WINDOW else 0
-    share = tl.cdiv(tl.cdiv(total - first, SPLITS), BLOCK) * BLOCK
-    start = first + split * share
+    # Steps begin at multiples of BLOCK, so that none reaches into two pages.
+    origin = first // BLOCK * BLOCK
+    share = tl.cdiv(tl.cdiv(total - origin, SPLITS), BLOCK) * BLOCK
+    start = origin + split * share
     end = tl.minimum(start + share, total)
     place = row.to(tl.int64) * NUM_KV + head
-    offset = place * (capacity + 1) * HEAD_DIM
     if PDL:
-        num_bytes = (end - start) * (HEAD_DIM * keys.dtype.element_ty.primitive_bitwidth // 8)
+        near = tl.minimum(end - start, PAGE - start % PAGE) if PAGE else end - start
+        num_bytes = near * (HEAD_DIM * keys.dtype.element_ty.primitive_bitwidth // 8)
         num_bytes = tl.minimum(num_bytes, KEY_BYTES)
-        prefetch(keys + offset + start * HEAD_DIM, num_bytes, 0, 1, LANES)
-        prefetch(values + offset + start * HEAD_DIM, num_bytes, 0, 1, LANES)
+        offset = slot_offset(table, row, head, tl.minimum(start, capacity), capacity, NUM_KV, HEAD_DIM, PAGE)
+        prefetch(keys + offset, num_bytes, 0, 1, LANES)
+        prefetch(values + offset, num_bytes, 0, 1, LANES)
         part = (row * NUM_KV + head) * SPLITS + split
         if AHEAD > 0:
             prefetch(ahead_a, bytes_a, part, PARTS, LANES)
@@ -147,21 +154,44 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     scale = softmax_scale * 1.4426950408889634
     if GROUP == 1:
         best, weight, summed = _attend_one(
-            query_at, keys + offset, values + offset, start, end, scale, HEAD_DIM, PADDED_DIM, BLOCK, STAGES
+            query_at,
+            keys,
+            values,
+            table,
+            row,
+            head,
+            capacity,
+            first,
+            start,
+            end,
+            scale,
+            NUM_KV,
+            HEAD_DIM,
+            PADDED_DIM,
+            BLOCK,
+            PAGE,
+            STAGES,
         )
     else:
         best, weight, summed = _attend_group(
             query_at,
-            keys + offset,
-            values + offset,
+            keys,
+            values,
+            table,
+            row,
+            head,
+            capacity,
+            first,
             start,
             end,
             scale,
+            NUM_KV,
             GROUP,
             PADDED_GROUP,
             HEAD_DIM,
             PADDED_DIM,
             BLOCK,
+            PAGE,
             STAGES,
         )
     members = tl.arange(0, 1 if GROUP == 1 else PADDED_GROUP)
@@ -185,14 +215,21 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _attend_one(  # type: ignore[no-untyped-def]
     query_at,
-    keys_at,
-    values_at,
+    keys,
+    values,
+    table,
+    row,
+    head,
+    capacity,
+    first,
     start,
     end,
     scale,
+    NUM_KV: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One query of a head of its own: maximum (1,), sum of weights (1,) and weighted values (1, d), base 2.
@@ -209,11 +246,12 @@ def _attend_one(  # type: ignore[no-untyped-def]
     summed = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
     for step in tl.range(start, end, BLOCK, num_stages=STAGES):
         slots = step + lanes
-        inside = slots < end
-        at = slots[:, None] * HEAD_DIM + dims[None, :]
+        inside = (slots < end) & (slots >= first)
+        offset = slot_offset(table, row, head, step, capacity, NUM_KV, HEAD_DIM, PAGE)
+        at = offset + lanes[:, None] * HEAD_DIM + dims[None, :]
         mask = inside[:, None] & inside_dims
-        key = tl.load(keys_at + at, mask=mask, other=0.0)
-        value = tl.load(values_at + at, mask=mask, other=0.0)
+        key = tl.load(keys + at, mask=mask, other=0.0)
+        value = tl.load(values + at, mask=mask, other=0.0)
         score = tl.sum(key.to(tl.float32) * scaled[None, :], axis=1)
         score = tl.where(inside, score, float("-inf"))
         higher = tl.maximum(best, score)
@@ -233,16 +271,23 @@ def _attend_one(  # type: ignore[no-untyped-def]
 @triton.jit
 def _attend_group(  # type: ignore[no-untyped-def]
     query_at,
-    keys_at,
-    values_at,
+    keys,
+    values,
+    table,
+    row,
+    head,
+    capacity,
+    first,
     start,
     end,
     scale,
+    NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """The queries that share a head of keys, on the matrix units: maxima (g,), sums (g,), weighted values (g, d)."""
@@ -254,17 +299,19 @@ def _attend_group(  # type: ignore[no-untyped-def]
     summed = tl.zeros((PADDED_GROUP, PADDED_DIM), tl.float32)
     for step in tl.range(start, end, BLOCK, num_stages=STAGES):
         slots = step + lanes
-        inside = slots < end
+        inside = (slots < end) & (slots >= first)
         real = inside[:, None] & (dims < HEAD_DIM)[None, :]
-        at = slots[:, None] * HEAD_DIM + dims[None, :]
-        key = tl.load(keys_at + at, mask=real, other=0.0)
-        value = tl.load(values_at + at, mask=real, other=0.0)
+        offset = slot_offset(table, row, head, step, capacity, NUM_KV, HEAD_DIM, PAGE)
+        at = offset + lanes[:, None] * HEAD_DIM + dims[None, :]
+        key = tl.load(keys + at, mask=real, other=0.0)
+        value = tl.load(values + at, mask=real, other=0.0)
         score = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
         score = tl.where(inside[None, :], score, float("-inf"))
-        # The first key of a step is always inside, so that no maximum stays infinite.
         higher = tl.maximum(best, tl.max(score, axis=1))
-        shrink = tl.exp2(best - higher)
-        chance = tl.exp2(score - higher[:, None])
+        # A step may lie before the window; then nothing has been seen yet.
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(best - finite)
+        chance = tl.exp2(score - finite[:, None])
         weight = weight * shrink + tl.sum(chance, axis=1)
         summed = tl.dot(chance.to(value.dtype), value, summed * shrink[:, None], input_precision="ieee")
         best = higher

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from phi35.kernels.common import activate
-from phi35.kernels.operands import Rope
+from phi35.kernels.common import activate, slot_offset
+from phi35.kernels.operands import LayerCache, Rope
 
 
 def rotate_and_store(
@@ -14,8 +14,7 @@ def rotate_and_store(
     lengths: torch.Tensor,
     rope_long: torch.Tensor,
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: LayerCache,
 ) -> None:
     """Rotate queries and keys at position ``lengths`` of their row and store keys and values in that slot.
 
@@ -25,10 +24,9 @@ def rotate_and_store(
         lengths: (B,) int64.
         rope_long: (B,) bool.
         query: (B, H d), written.
-        keys: (B, K, slots, d), one slot a row written; a full row writes its last.
-        values: like ``keys``.
+        cache: of B rows, one slot of each is written; a full row writes its last.
     """
-    batch, num_kv, slots, head_dim = keys.shape
+    batch, num_kv, head_dim = query.shape[0], cache.num_kv, cache.head_dim
     num_heads = query.shape[1] // head_dim
     _rotate_kernel[(num_heads + 2 * num_kv, batch)](
         projected,
@@ -37,13 +35,15 @@ def rotate_and_store(
         lengths,
         rope_long,
         query,
-        keys,
-        values,
-        slots - 1,
+        cache.keys,
+        cache.values,
+        cache.keys if cache.table is None else cache.table,
+        cache.num_slots - 1,
         NUM_HEADS=num_heads,
         NUM_KV=num_kv,
         HALF=head_dim // 2,
         PADDED_HALF=triton.next_power_of_2(head_dim // 2),
+        PAGE=cache.page_size,
         num_warps=1,
     )
 
@@ -65,11 +65,13 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     query,
     keys,
     values,
+    table,
     capacity,
     NUM_HEADS: tl.constexpr,
     NUM_KV: tl.constexpr,
     HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     element = tl.arange(0, PADDED_HALF)
@@ -86,13 +88,13 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     cos = tl.where(turned, (tl.cos(angle) * scale).to(kind).to(tl.float32), 1.0)
     sin = tl.where(turned, (tl.sin(angle) * scale).to(kind).to(tl.float32), 0.0)
     slot = tl.minimum(position, capacity)
-    stride = (capacity + 1).to(tl.int64) * (2 * HALF)
+    at = slot_offset(table, row, head % NUM_KV, slot, capacity, NUM_KV, 2 * HALF, PAGE)
     if head < NUM_HEADS:
         target = query + (row * NUM_HEADS + head) * (2 * HALF)
     elif head < NUM_HEADS + NUM_KV:
-        target = keys + (row * NUM_KV + head - NUM_HEADS) * stride + slot * (2 * HALF)
+        target = keys + at
     else:
-        target = values + (row * NUM_KV + head - NUM_HEADS - NUM_KV) * stride + slot * (2 * HALF)
+        target = values + at
     tl.store(target + element, (low * cos - high * sin).to(kind), mask=inside)
     tl.store(target + HALF + element, (high * cos + low * sin).to(kind), mask=inside)
 
@@ -118,8 +120,7 @@ def rotate_prompt(
     positions: torch.Tensor,
     places: torch.Tensor,
     use_long: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: LayerCache,
     num_heads: int,
 ) -> None:
     """Rotate the queries and keys of N prompt tokens in place and store keys and values in the tokens' slots.
@@ -130,11 +131,10 @@ def rotate_prompt(
         positions: (N,) int32 position, which is the slot, of each token.
         places: (N,) int32 row of the cache that each token belongs to.
         use_long: (N,) int32, whether the token stands under the long factors.
-        keys: (B, K, slots, d).
-        values: like ``keys``.
+        cache: where to.
         num_heads: H.
     """
-    _, num_kv, slots, head_dim = keys.shape
+    num_kv, head_dim = cache.num_kv, cache.head_dim
     heads = num_heads + 2 * num_kv
     _rotate_prompt_kernel[(triton.cdiv(heads, HEADS_PER_PROGRAM), projected.shape[0])](
         projected,
@@ -143,19 +143,21 @@ def rotate_prompt(
         positions,
         places,
         use_long,
-        keys,
-        values,
-        slots,
+        cache.keys,
+        cache.values,
+        cache.keys if cache.table is None else cache.table,
+        cache.num_slots - 1,
         NUM_HEADS=num_heads,
         NUM_KV=num_kv,
         HALF=head_dim // 2,
         PADDED_HALF=triton.next_power_of_2(head_dim // 2),
         HEADS=HEADS_PER_PROGRAM,
+        PAGE=cache.page_size,
         num_warps=2,
     )
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["capacity"])
 def _rotate_prompt_kernel(  # type: ignore[no-untyped-def]
     projected,
     inv_freq,
@@ -165,12 +167,14 @@ def _rotate_prompt_kernel(  # type: ignore[no-untyped-def]
     use_long,
     keys,
     values,
-    slots,
+    table,
+    capacity,
     NUM_HEADS: tl.constexpr,
     NUM_KV: tl.constexpr,
     HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     token = tl.program_id(1).to(tl.int64)
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
@@ -194,9 +198,11 @@ def _rotate_prompt_kernel(  # type: ignore[no-untyped-def]
     tl.store(at + HALF, second, mask=real & turned)
     place = tl.load(places + token).to(tl.int64)
     is_key = turned & (head >= NUM_HEADS)[:, None]
-    key_at = ((place * NUM_KV + head[:, None] - NUM_HEADS) * slots + position) * (2 * HALF) + element[None, :]
-    tl.store(keys + key_at, first, mask=real & is_key)
-    tl.store(keys + key_at + HALF, second, mask=real & is_key)
-    value_at = key_at - tl.cast(slots, tl.int64) * NUM_KV * (2 * HALF)
-    tl.store(values + value_at, first, mask=real & (turned == 0))
-    tl.store(values + value_at + HALF, second, mask=real & (turned == 0))
+    cached = (
+        slot_offset(table, place, (head % NUM_KV)[:, None], position, capacity, NUM_KV, 2 * HALF, PAGE)
+        + element[None, :]
+    )
+    tl.store(keys + cached, first, mask=real & is_key)
+    tl.store(keys + cached + HALF, second, mask=real & is_key)
+    tl.store(values + cached, first, mask=real & (turned == 0))
+    tl.store(values + cached + HALF, second, mask=real & (turned == 0))

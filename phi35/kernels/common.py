@@ -69,6 +69,16 @@ def prefetch_rows(weight, first_row, num_rows, WIDTH: tl.constexpr, PARTS: tl.co
 
 
 @triton.jit
+def slot_offset(table, row, head, slot, capacity, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the keys of a head in a row's slot begin, counted in numbers; PAGE 0 for rows that lie whole."""
+    if PAGE == 0:
+        place = tl.cast(row, tl.int64) * NUM_KV + head
+        return (place * (capacity + 1) + slot) * HEAD_DIM
+    page = tl.load(table + row * ((capacity + 1) // PAGE) + slot // PAGE).to(tl.int64)
+    return ((page * NUM_KV + head) * PAGE + slot % PAGE) * HEAD_DIM
+
+
+@triton.jit
 def load_tiles(weight, rows, num_rows, WIDTH: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows (R,) of a row-major (num_rows, WIDTH) matrix as a tuple of (R, CHUNK) tiles, all loads in flight at once."""
     tiles = ()

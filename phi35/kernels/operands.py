@@ -34,6 +34,64 @@ class Rope:
     scaling: torch.Tensor
 
 
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer.
+
+    Attributes:
+        keys: (B, K, slots, d) of B rows; with a table (pages, K, page size, d), shared by all rows.
+        values: like ``keys``.
+        table: (B, n) int32, the page that holds each stretch of a row's slots; None where rows lie whole.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    table: torch.Tensor | None = None
+
+    @property
+    def num_kv(self) -> int:
+        """Heads of keys K."""
+        return self.keys.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Width d of a head."""
+        return self.keys.shape[3]
+
+    @property
+    def page_size(self) -> int:
+        """Slots of a page; 0 where rows lie whole."""
+        return 0 if self.table is None else self.keys.shape[2]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows B."""
+        return self.keys.shape[0] if self.table is None else self.table.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of a row; a row that needs more overwrites its last one."""
+        return self.keys.shape[2] if self.table is None else self.table.shape[1] * self.keys.shape[2]
+
+    def store(self, rows: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put keys and values (n, K, d) into slots (n,) of rows (n,)."""
+        if self.table is not None:
+            size = self.keys.shape[2]
+            rows, slots = self.table[rows, slots // size].long(), slots % size
+        self.keys.transpose(1, 2)[rows, slots] = keys
+        self.values.transpose(1, 2)[rows, slots] = values
+
+    def read(self, row: int | slice, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first slots of some rows, (n, K, num_slots, d); copies where there are pages."""
+        rows = slice(row, row + 1) if isinstance(row, int) else row
+        if self.table is None:
+            return self.keys[rows, :, :num_slots], self.values[rows, :, :num_slots]
+        table = self.table[rows, : -(-num_slots // self.keys.shape[2])].long()
+        parts = (tensor[table].transpose(1, 2).flatten(2, 3)[:, :, :num_slots] for tensor in (self.keys, self.values))
+        keys, values = parts
+        return keys, values
+
+
 ROW_FIELDS = ("tokens", "lengths", "rope_long", "steps", "temperature", "top_k", "top_p", "min_p", "penalty", "seen")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from phi35.feed_forward import GatedMLP
 from phi35.kernels import reference
-from phi35.kernels.operands import Norm, Rope, StepState
+from phi35.kernels.operands import LayerCache, Norm, Rope, StepState
 from phi35.kernels.reference import normed
 from phi35.kernels.tuning import StepTuning
 from phi35.language_model_head import LanguageModelHead
@@ -37,24 +37,22 @@ class PlainOperations:
         rope: Rope,
         state: StepState,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        cache: LayerCache,
     ) -> None:
-        """Norm, product, rotation; query (B, H d) is written, and one slot a row of keys and values (B, K, n, d)."""
+        """Norm, product, rotation; query (B, H d) and one slot of each row of the cache are written."""
         projected = linear(normed(hidden, norm))
-        reference.rotate_and_store(projected, rope, state.lengths, state.rope_long, query, keys, values)
+        reference.rotate_and_store(projected, rope, state.lengths, state.rope_long, query, cache)
 
     def attend(
         self,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        cache: LayerCache,
         state: StepState,
         out: torch.Tensor,
         following: tuple[Any, Any],
     ) -> None:
         """out (B, H d) = attention over the cache, the new token included; ``following``: o_proj and feed-forward."""
-        reference.attend(query, keys, values, state.lengths, out, self.window)
+        reference.attend(query, cache, state.lengths, out, self.window)
 
     def project_add(self, vector: torch.Tensor, linear: Any, hidden: torch.Tensor) -> None:
         """hidden += product of a vector (B, W)."""
@@ -81,18 +79,17 @@ class BatchOperations(PlainOperations):
     """A batch on CUDA: products as the modules make them (cuBLAS), everything between them by kernels."""
 
     def __init__(
-        self, hidden_act: str, sliding_window: int | None, keys: torch.Tensor, num_heads: int, tuning: StepTuning
+        self, hidden_act: str, sliding_window: int | None, cache: LayerCache, num_heads: int, tuning: StepTuning
     ) -> None:
         from phi35.kernels import attention, batched, sampling
 
         super().__init__(hidden_act, sliding_window)
         self._attention, self._batched, self._sampling = attention, batched, sampling
         self.tuning, self.pdl = tuning, False
-        batch, num_kv, slots, head_dim = keys.shape
-        group = num_heads // num_kv
-        self.attention_config = tuning.attention(batch, num_kv, group, slots)
-        splits = self.attention_config.splits
-        self.scratch = attention.AttentionScratch(batch, num_kv, group, head_dim, splits, keys.device)
+        batch, num_kv, group = cache.num_rows, cache.num_kv, num_heads // cache.num_kv
+        self.attention_config = tuning.attention(batch, num_kv, group, cache.num_slots)
+        splits, device = self.attention_config.splits, cache.keys.device
+        self.scratch = attention.AttentionScratch(batch, num_kv, group, cache.head_dim, splits, device)
 
     def embed(self, tokens: torch.Tensor, embedding: Any, hidden: torch.Tensor) -> None:
         """See ``PlainOperations``."""
@@ -108,25 +105,23 @@ class BatchOperations(PlainOperations):
         rope: Rope,
         state: StepState,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        cache: LayerCache,
     ) -> None:
         """See ``PlainOperations``."""
         projected = linear(normed(hidden, norm))
-        self._batched.rotate_and_store(projected, rope, state.lengths, state.rope_long, query, keys, values)
+        self._batched.rotate_and_store(projected, rope, state.lengths, state.rope_long, query, cache)
 
     def attend(
         self,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        cache: LayerCache,
         state: StepState,
         out: torch.Tensor,
         following: tuple[Any, Any],
     ) -> None:
         """See ``PlainOperations``."""
         options = (self.scratch, self.window, self.attention_config, self.pdl)
-        self._attention.attend(query, keys, values, state.lengths, out, *options, self._ahead(*following))
+        self._attention.attend(query, cache, state.lengths, out, *options, self._ahead(*following))
 
     def _ahead(self, linear: Any, mlp: Any) -> tuple[torch.Tensor, ...]:
         """Weights to bring into the cache during attention: none where the products read them more than once."""
@@ -161,15 +156,15 @@ class VectorOperations(BatchOperations):
         self,
         hidden_act: str,
         sliding_window: int | None,
-        keys: torch.Tensor,
+        cache: LayerCache,
         num_heads: int,
         tuning: StepTuning,
         pdl: bool,
     ) -> None:
         from phi35.kernels import vector
 
-        super().__init__(hidden_act, sliding_window, keys, num_heads, tuning)
-        self._vector, self.pdl, self.dtype = vector, pdl, keys.dtype
+        super().__init__(hidden_act, sliding_window, cache, num_heads, tuning)
+        self._vector, self.pdl, self.dtype = vector, pdl, cache.keys.dtype
         self._acted: dict[int, torch.Tensor] = {}
         self._sparse_scratch: dict[tuple[int, ...], Any] = {}
 
@@ -181,14 +176,13 @@ class VectorOperations(BatchOperations):
         rope: Rope,
         state: StepState,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        cache: LayerCache,
     ) -> None:
         """See ``PlainOperations``."""
         if not is_plain(linear, hidden.dtype):
-            return super().project_qkv(hidden, norm, linear, rope, state, query, keys, values)
+            return super().project_qkv(hidden, norm, linear, rope, state, query, cache)
         operands = (hidden, norm, linear.weight, linear.bias, rope, state.lengths, state.rope_long)
-        self._vector.project_qkv(*operands, query, keys, values, self.tuning.qkv, self.pdl)
+        self._vector.project_qkv(*operands, query, cache, self.tuning.qkv, self.pdl)
 
     def _ahead(self, linear: Any, mlp: Any) -> tuple[torch.Tensor, ...]:
         """As much of o_proj, then of the dense gate and up rows, as ``tuning.ahead_bytes`` allows."""

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from phi35.feed_forward import ACTIVATIONS
-from phi35.kernels.operands import Norm, Rope, StepState
+from phi35.kernels.operands import LayerCache, Norm, Rope, StepState
 from phi35.rope import apply_rotary
 
 
@@ -26,23 +26,17 @@ def rotate_and_store(
     lengths: torch.Tensor,
     rope_long: torch.Tensor,
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: LayerCache,
 ) -> None:
     """See ``phi35.kernels.batched.rotate_and_store``."""
-    batch, num_kv, slots, head_dim = keys.shape
-    heads = projected.view(batch, -1, 1, head_dim)
-    num_heads = heads.shape[1] - 2 * num_kv
-    row = rope_long.long()
-    angles = (lengths[:, None].float() * rope.inv_freq[row])[:, None, None, :]
-    angles = torch.cat((angles, angles), dim=-1)
-    scale = rope.scaling[row][:, None, None, None]
-    cos_sin = (angles.cos() * scale).to(projected.dtype), (angles.sin() * scale).to(projected.dtype)
-    turned = apply_rotary(heads[:, : num_heads + num_kv], cos_sin)[:, :, 0]
-    rows, slot = torch.arange(batch, device=projected.device), lengths.clamp(max=slots - 1)
-    query.copy_(turned[:, :num_heads].reshape(batch, -1))
-    keys.transpose(1, 2)[rows, slot] = turned[:, num_heads:]
-    values.transpose(1, 2)[rows, slot] = heads[:, num_heads + num_kv :, 0]
+    batch = len(projected)
+    rows = torch.arange(batch, device=projected.device)
+    heads = projected.view(batch, -1, cache.head_dim)
+    num_heads = heads.shape[1] - 2 * cache.num_kv
+    heads = _rotated(heads, rope, lengths, rope_long, num_heads + cache.num_kv)
+    query.copy_(heads[:, :num_heads].reshape(batch, -1))
+    slots = lengths.clamp(max=cache.num_slots - 1)
+    cache.store(rows, slots, heads[:, num_heads : num_heads + cache.num_kv], heads[:, num_heads + cache.num_kv :])
 
 
 def project_qkv(
@@ -54,32 +48,27 @@ def project_qkv(
     lengths: torch.Tensor,
     rope_long: torch.Tensor,
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: LayerCache,
 ) -> None:
     """See ``phi35.kernels.vector.project_qkv``; here for any batch."""
     projected = F.linear(normed(hidden, norm), weight, bias)
-    rotate_and_store(projected, rope, lengths, rope_long, query, keys, values)
+    rotate_and_store(projected, rope, lengths, rope_long, query, cache)
 
 
 def attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    lengths: torch.Tensor,
-    out: torch.Tensor,
-    sliding_window: int | None,
+    query: torch.Tensor, cache: LayerCache, lengths: torch.Tensor, out: torch.Tensor, sliding_window: int | None
 ) -> None:
     """See ``phi35.kernels.attention.attend``."""
-    batch, num_kv, slots, head_dim = keys.shape
-    places = torch.arange(slots, device=query.device)
-    last = lengths.clamp(max=slots - 1)[:, None]
+    batch, num_slots = query.shape[0], cache.num_slots
+    keys, values = cache.read(slice(0, batch), num_slots)
+    places = torch.arange(num_slots, device=query.device)
+    last = lengths.clamp(max=num_slots - 1)[:, None]
     mask = places <= last
     if sliding_window is not None:
         mask = mask & (places > last - sliding_window)
-    queries = query.view(batch, -1, 1, head_dim)
+    queries = query.view(batch, -1, 1, cache.head_dim)
     attended = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask[:, None, None, :], enable_gqa=queries.shape[1] != num_kv
+        queries, keys, values, attn_mask=mask[:, None, None, :], enable_gqa=queries.shape[1] != cache.num_kv
     )
     out.copy_(attended.reshape(batch, -1))
 
@@ -123,18 +112,23 @@ def rotate_prompt(
     positions: torch.Tensor,
     places: torch.Tensor,
     use_long: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: LayerCache,
     num_heads: int,
 ) -> None:
     """See ``phi35.kernels.batched.rotate_prompt``."""
-    num_kv, head_dim = keys.shape[1], keys.shape[3]
-    heads = projected.view(len(projected), -1, head_dim)
-    angles = positions[:, None].float() * rope.inv_freq[use_long.long()]
+    heads = projected.view(len(projected), -1, cache.head_dim)
+    turned = num_heads + cache.num_kv
+    heads.copy_(_rotated(heads, rope, positions, use_long, turned))
+    cache.store(places.long(), positions.long(), heads[:, num_heads:turned], heads[:, turned:])
+
+
+def _rotated(
+    heads: torch.Tensor, rope: Rope, positions: torch.Tensor, use_long: torch.Tensor, turned: int
+) -> torch.Tensor:
+    """Heads (N, n, d), of which the first ``turned`` are rotated at positions (N,)."""
+    row = use_long.long()
+    angles = positions[:, None].float() * rope.inv_freq[row]
     angles = torch.cat((angles, angles), dim=-1)[:, None]
-    scale = rope.scaling[use_long.long()][:, None, None]
-    cos_sin = (angles.cos() * scale).to(projected.dtype), (angles.sin() * scale).to(projected.dtype)
-    heads[:, : num_heads + num_kv] = apply_rotary(heads[:, : num_heads + num_kv], cos_sin)
-    rows, slots = places.long(), positions.long()
-    keys.transpose(1, 2)[rows, slots] = heads[:, num_heads : num_heads + num_kv]
-    values.transpose(1, 2)[rows, slots] = heads[:, num_heads + num_kv :]
+    scale = rope.scaling[row][:, None, None]
+    cos_sin = (angles.cos() * scale).to(heads.dtype), (angles.sin() * scale).to(heads.dtype)
+    return torch.cat((apply_rotary(heads[:, :turned], cos_sin), heads[:, turned:]), dim=1)

@@ -18,10 +18,11 @@ from phi35.kernels.common import (
     load_vector,
     normalise,
     prefetch_rows,
+    slot_offset,
     wait_for_predecessor,
 )
 from phi35.kernels.configs import VectorConfig
-from phi35.kernels.operands import Norm, Rope
+from phi35.kernels.operands import LayerCache, Norm, Rope
 
 
 def project_qkv(
@@ -33,8 +34,7 @@ def project_qkv(
     lengths: torch.Tensor,
     rope_long: torch.Tensor,
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: LayerCache,
     config: VectorConfig,
     pdl: bool,
 ) -> None:
@@ -49,12 +49,11 @@ def project_qkv(
         lengths: (1,) int64 tokens in the cache.
         rope_long: (1,) bool, which factors.
         query: (1, H d), written.
-        keys: (1, K, slots, d), one slot written; a full cache writes its last.
-        values: like ``keys``.
+        cache: of one row, one slot of which is written; a full one writes its last.
         config: shape of a program.
         pdl: launch programmatically.
     """
-    num_kv, slots, head_dim = keys.shape[1:]
+    num_kv, head_dim = cache.num_kv, cache.head_dim
     width = hidden.shape[1]
     pairs = max(1, config.rows // 2)
     while (head_dim // 2) % pairs:
@@ -73,9 +72,10 @@ def project_qkv(
         lengths,
         rope_long,
         query,
-        keys,
-        values,
-        slots - 1,
+        cache.keys,
+        cache.values,
+        cache.keys if cache.table is None else cache.table,
+        cache.num_slots - 1,
         *asked,
         NORM=norm.kind,
         BIAS=bias is not None,
@@ -85,6 +85,7 @@ def project_qkv(
         WIDTH=width,
         CHUNK=config.chunk(width, weight.element_size()),
         PAIRS=pairs,
+        PAGE=cache.page_size,
         PARTS=config.wave if asked[1] else 0,
         LANES=config.num_warps * 32,
         **launch_options(config.num_warps, pdl),
@@ -203,6 +204,7 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     query,
     keys,
     values,
+    table,
     capacity,
     ahead_row,
     ahead_rows,
@@ -214,6 +216,7 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     PAIRS: tl.constexpr,
+    PAGE: tl.constexpr,
     PARTS: tl.constexpr,
     LANES: tl.constexpr,
     PDL: tl.constexpr,
@@ -248,13 +251,13 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
         high += tl.load(bias + low_rows + HALF).to(tl.float32)
     low, high = low.to(kind).to(tl.float32), high.to(kind).to(tl.float32)
     slot = tl.minimum(position, capacity)
-    stride = (capacity + 1).to(tl.int64) * (2 * HALF)
+    at = slot_offset(table, 0, head % NUM_KV, slot, capacity, NUM_KV, 2 * HALF, PAGE)
     if head < NUM_HEADS:
         target = query + head * (2 * HALF)
     elif head < NUM_HEADS + NUM_KV:
-        target = keys + (head - NUM_HEADS) * stride + slot * (2 * HALF)
+        target = keys + at
     else:
-        target = values + (head - NUM_HEADS - NUM_KV) * stride + slot * (2 * HALF)
+        target = values + at
     tl.store(target + element, (low * cos - high * sin).to(kind))
     tl.store(target + element + HALF, (high * cos + low * sin).to(kind))
 

@@ -67,11 +67,12 @@ def test_query_key_value_product_spills_nothing_but_the_sine(tmp_path: Path) -> 
         "WIDTH": 4096,
         "CHUNK": config.chunk(4096, 2),
         "PAIRS": config.rows // 2,
+        "PAGE": 64,
         "PARTS": 528,
         "LANES": 128,
         "PDL": True,
     }
-    arguments |= typed("i32", "capacity", "ahead_row", "ahead_rows")
+    arguments |= typed("i32", "capacity", "ahead_row", "ahead_rows") | {"table": "*i32"}
     kernel = compile_kernel(vector._qkv_kernel, arguments, constants, config.num_warps)
     instructions, stack = machine_code(kernel, tmp_path)
     # The reduction of large angles needs 32 bytes.
@@ -79,13 +80,13 @@ def test_query_key_value_product_spills_nothing_but_the_sine(tmp_path: Path) -> 
     assert loads_around_the_wait(instructions)[0] >= config.rows * 4096 // config.chunk(4096, 2)
 
 
-@pytest.mark.parametrize(("group", "head_dim"), [(1, 96), (4, 128)])
-def test_attention_streams_keys_through_shared_memory(tmp_path: Path, group: int, head_dim: int) -> None:
+@pytest.mark.parametrize(("group", "head_dim", "page"), [(1, 96, 0), (4, 128, 0), (1, 96, 64), (4, 128, 64)])
+def test_attention_streams_keys_through_shared_memory(tmp_path: Path, group: int, head_dim: int, page: int) -> None:
     config = DEFAULT.one if group == 1 else DEFAULT.grouped
     arguments = typed("*bf16", "query", "keys", "values", "out") | typed("*fp32", "sums", "scales")
-    arguments |= {"lengths": "*i64", "arrived": "*i32", "capacity": "i32", "softmax_scale": "fp32"}
+    arguments |= {"table": "*i32", "lengths": "*i64", "arrived": "*i32", "capacity": "i32", "softmax_scale": "fp32"}
     constants = {"NUM_KV": 32 // group, "GROUP": group, "PADDED_GROUP": 16, "HEAD_DIM": head_dim, "PADDED_DIM": 128}
-    constants |= {"SPLITS": 8, "PADDED_SPLITS": 8, "BLOCK": config.block, "STAGES": config.num_stages}
+    constants |= {"SPLITS": 8, "PADDED_SPLITS": 8, "BLOCK": config.block, "PAGE": page, "STAGES": config.num_stages}
     constants |= {"WINDOW": 0, "KEY_BYTES": attention.PREFETCHED_BYTES, "PARTS": 256, "LANES": 128, "AHEAD": 3}
     constants |= {"PDL": True}
     arguments |= typed("*bf16", "ahead_a", "ahead_b", "ahead_c") | typed("i32", "bytes_a", "bytes_b", "bytes_c")
@@ -111,10 +112,10 @@ def test_sampler_router_and_batched_kernels_compile(tmp_path: Path) -> None:
     constants |= {"NUM_EXPERTS": 16, "PADDED_EXPERTS": 16, "WIDTH": 4096, "CHUNK": 2048, "PDL": True}
     compile_kernel(decode_step._route_kernel, arguments | typed("fp32", "eps", "threshold"), constants, 8)
     arguments = typed("*bf16", "projected", "query", "keys", "values") | typed("*fp32", "inv_freq", "scaling")
-    arguments |= {"lengths": "*i64", "rope_long": "*i1", "capacity": "i32"}
-    constants = {"NUM_HEADS": 32, "NUM_KV": 32, "HALF": 48, "PADDED_HALF": 64}
+    arguments |= {"lengths": "*i64", "rope_long": "*i1", "capacity": "i32", "table": "*i32"}
+    constants = {"NUM_HEADS": 32, "NUM_KV": 32, "HALF": 48, "PADDED_HALF": 64, "PAGE": 64}
     compile_kernel(batched._rotate_kernel, arguments, constants, 1)
     arguments = typed("*bf16", "projected", "keys", "values") | typed("*i32", "positions", "places", "use_long")
-    arguments |= typed("*fp32", "inv_freq", "scaling") | {"slots": "i32"}
+    arguments |= typed("*fp32", "inv_freq", "scaling") | {"capacity": "i32", "table": "*i32"}
     constants |= {"HEADS": batched.HEADS_PER_PROGRAM}
     compile_kernel(batched._rotate_prompt_kernel, arguments, constants, 2)

@@ -13,6 +13,7 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 ROOT = Path(__file__).parents[2]
+ATTENTION = ["one", "one_whole", "one_paged", "grouped", "grouped_window", "grouped_paged"]
 CHOICES = ["greedy", "penalty", "temperature", "tiny_temperature", "top_k", "top_p", "all"]
 
 
@@ -26,14 +27,14 @@ def report() -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("case", ["rmsnorm", "layernorm", "one", "one_whole", "grouped", "grouped_window"])
+@pytest.mark.parametrize("case", ["rmsnorm", "layernorm", *ATTENTION])
 def test_float32_products_and_attention_equal_the_plain_form(report: dict[str, Any], case: str) -> None:
     # Measured: at most 2.2e-7; "arrived" counts what the splits must leave at zero.
     assert len(report[case]) >= 4
     assert max(report[case].values()) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["prompt", "prompt_grouped"])
+@pytest.mark.parametrize("case", ["prompt", "prompt_grouped", "prompt_paged"])
 def test_prompts_are_rotated_and_stored_as_the_plain_form_does(report: dict[str, Any], case: str) -> None:
     # Measured: at most 4.0e-8.
     assert set(report[case]) == {"projected", "keys", "values"}

@@ -20,7 +20,7 @@ from phi35.generation.sampling import SamplingOptions, next_tokens, row_generato
 from phi35.kernels import attention, batched, reference, sampling, vector
 from phi35.kernels.attention import AttentionScratch
 from phi35.kernels.configs import AttentionConfig, VectorConfig
-from phi35.kernels.operands import Norm, Rope, StepState
+from phi35.kernels.operands import LayerCache, Norm, Rope, StepState
 from phi35.kernels.operations import BatchOperations, VectorOperations
 from phi35.kernels.tuning import StepTuning
 
@@ -83,15 +83,44 @@ def products(kind: str, width: int, ffn: int, rows: int, dtype: torch.dtype) -> 
     return errors
 
 
+def cache_of(new, rows: int, kv: int, slots: int, head_dim: int, page: int) -> tuple[LayerCache, LayerCache]:  # type: ignore[no-untyped-def]
+    """A cache, in shuffled pages where ``page`` is not 0, and one of the same contents whose rows lie whole."""
+    plain = LayerCache(new(rows, kv, slots, head_dim), new(rows, kv, slots, head_dim))
+    if not page:
+        return LayerCache(plain.keys.clone(), plain.values.clone()), plain
+    table = torch.randperm(rows * slots // page + 1, generator=torch.Generator().manual_seed(9))[1:].int()
+    shape = (len(table) + 1, kv, page, head_dim)
+    paged = LayerCache(new(*shape), new(*shape), table.view(rows, slots // page))
+    for row in range(rows):
+        places = torch.full((slots,), row), torch.arange(slots)
+        paged.store(*places, plain.keys[row].transpose(0, 1), plain.values[row].transpose(0, 1))
+    return paged, plain
+
+
+def cache_errors(mine: LayerCache, plain: LayerCache) -> dict[str, float]:
+    """Errors of the keys and the values."""
+    found = mine.read(slice(None), plain.num_slots)
+    return {
+        name: relative(a, b) for name, a, b in zip(("keys", "values"), found, (plain.keys, plain.values), strict=True)
+    }
+
+
+def row_of(cache: LayerCache, row: int) -> LayerCache:
+    """One row of a cache."""
+    one = slice(row, row + 1)
+    if cache.table is None:
+        return LayerCache(cache.keys[one], cache.values[one])
+    return LayerCache(cache.keys, cache.values, cache.table[one])
+
+
 def attention_case(
-    kv: int, group: int, head_dim: int, splits: int, window: int | None, dtype: torch.dtype
+    kv: int, group: int, head_dim: int, splits: int, window: int | None, dtype: torch.dtype, page: int = 0
 ) -> dict[str, float]:
     """Norm, projection, rotation, cache store and attention for rows of several lengths, the last beyond the cache."""
-    new, slots, width = draw(2, dtype), 41, 48
-    lengths, long = torch.tensor([0, 7, 33, 40, 60]), torch.tensor([False, True, False, True, False])
+    new, width = draw(2, dtype), 48
+    lengths, long = torch.tensor([0, 7, 33, 47, 60]), torch.tensor([False, True, False, True, False])
     batch, num_heads = len(lengths), kv * group
-    caches = [new(batch, kv, slots, head_dim) for _ in range(2)]
-    plain = [cache.clone() for cache in caches]
+    cache, plain = cache_of(new, batch, kv, 48, head_dim, page)
     inv_freq = torch.rand(2, head_dim // 2, generator=torch.Generator().manual_seed(3))
     rope, norm = Rope(inv_freq, torch.tensor([1.0, 1.2])), norm_of("layernorm", new, width)
     hidden, weight = new(batch, width), new((num_heads + 2 * kv) * head_dim, width, scale=0.2)
@@ -99,33 +128,33 @@ def attention_case(
     queries, expected = new(batch, num_heads * head_dim), new(batch, num_heads * head_dim)
     for row in range(batch):
         one = slice(row, row + 1)
-        ours = (lengths[one], long[one], queries[one], caches[0][one], caches[1][one])
+        ours = (lengths[one], long[one], queries[one], row_of(cache, row))
         vector.project_qkv(hidden[one], norm, weight, bias, rope, *ours, VectorConfig(4, 1), False)
-    reference.project_qkv(hidden, norm, weight, bias, rope, lengths, long, expected, *plain)
-    errors = {"query": relative(queries, expected)}
-    errors |= {name: relative(a, b) for name, a, b in zip(("keys", "values"), caches, plain, strict=True)}
+    reference.project_qkv(hidden, norm, weight, bias, rope, lengths, long, expected, plain)
+    errors = {"query": relative(queries, expected)} | cache_errors(cache, plain)
     outs = [torch.full((batch, num_heads * head_dim), float("nan"), dtype=dtype) for _ in range(2)]
     scratch = AttentionScratch(batch, kv, group, head_dim, splits, hidden.device)
     config = AttentionConfig(splits=splits, block=16, num_warps=1)
-    attention.attend(queries, *caches, lengths, outs[0], scratch, window, config, False)
-    reference.attend(queries, *caches, lengths, outs[1], window)
+    attention.attend(queries, cache, lengths, outs[0], scratch, window, config, False)
+    reference.attend(queries, plain, lengths, outs[1], window)
     errors["attention"] = relative(*outs)
     errors["arrived"] = float(scratch.arrived.abs().sum())
     return errors
 
 
-def prompt_case(kv: int, group: int, head_dim: int) -> dict[str, float]:
+def prompt_case(kv: int, group: int, head_dim: int, page: int = 0) -> dict[str, float]:
     """Rotation and cache store of packed prompts, two rows under different factors, one begun before."""
-    new, slots, heads = draw(6), 19, kv * group
+    new, heads = draw(6), kv * group
     places = torch.tensor([2] * 5 + [0] * 7, dtype=torch.int32)
-    positions = torch.cat([torch.arange(11, 16), torch.arange(7)]).int()
+    positions = torch.cat([torch.arange(14, 19), torch.arange(7)]).int()
     use_long = (places == 2).int()
     rope = Rope(torch.rand(2, head_dim // 2, generator=torch.Generator().manual_seed(3)), torch.tensor([1.0, 1.2]))
-    mine = [new(12, (heads + 2 * kv) * head_dim), *(new(3, kv, slots, head_dim) for _ in range(2))]
-    plain = [value.clone() for value in mine]
-    for rotate, (projected, keys, values) in ((batched.rotate_prompt, mine), (reference.rotate_prompt, plain)):
-        rotate(projected, rope, positions, places, use_long, keys, values, heads)
-    return {name: relative(*pair) for name, *pair in zip(("projected", "keys", "values"), mine, plain, strict=True)}
+    cache, plain = cache_of(new, 3, kv, 32, head_dim, page)
+    mine = new(12, (heads + 2 * kv) * head_dim)
+    expected = mine.clone()
+    batched.rotate_prompt(mine, rope, positions, places, use_long, cache, heads)
+    reference.rotate_prompt(expected, rope, positions, places, use_long, plain, heads)
+    return {"projected": relative(mine, expected)} | cache_errors(cache, plain)
 
 
 def sampling_case(changes: dict[str, float], rounded: bool) -> dict[str, float]:
@@ -205,7 +234,7 @@ def step_case(name: str, batch: int, **changes: object) -> dict[str, float]:
     caches = [model.new_cache(batch, 64) for _ in range(2)]
     tokens = [model(ids, past_key_values=cache, **inputs).logits[:, -1].argmax(dim=-1) for cache in caches][0]
     step = DecodeStep(model, caches[0], tuning=NARROW, plain=True)
-    make = (model.config.hidden_act, model.config.sliding_window, caches[0].keys[0], model.config.num_attention_heads)
+    make = (model.config.hidden_act, model.config.sliding_window, caches[0].layer(0), model.config.num_attention_heads)
     step.operations = VectorOperations(*make, NARROW, False) if batch == 1 else BatchOperations(*make, NARROW)
     step.state.tokens.copy_(tokens)
     worst, wrong = 0.0, 0
@@ -229,9 +258,12 @@ if __name__ == "__main__":
         "one_whole": attention_case(2, 1, 16, 1, 9, single),
         "grouped": attention_case(2, 4, 16, 4, None, single),
         "grouped_window": attention_case(1, 3, 24, 2, 20, single),
+        "one_paged": attention_case(2, 1, 24, 3, None, single, page=16),
+        "grouped_paged": attention_case(1, 2, 16, 2, 20, single, page=16),
         "grouped_half": attention_case(2, 2, 16, 2, None, half),
         "prompt": prompt_case(2, 1, 24),
         "prompt_grouped": prompt_case(2, 3, 16),
+        "prompt_paged": prompt_case(2, 2, 16, page=16),
         "sparsemixer": sparse_case("sparsemixer", False, "layernorm"),
         "sparsemixer_biased": sparse_case("sparsemixer", True, "rmsnorm"),
         "topk": sparse_case("topk", False, "layernorm"),
