@@ -278,7 +278,8 @@ def attention_case(
     """Split attention; shapes are (splits, block, warps, stages)."""
     heads, num_kv, dim = config.num_attention_heads, config.num_key_value_heads, config.attention_head_dim
     num_bytes = 4 * batch * num_kv * length * dim
-    total = copies or max(2, min(64, ROTATED_BYTES // num_bytes))
+    # As many caches as a model has layers: what a device's address caches hold counts, too.
+    total = copies or 32
     keys = [draw(batch, num_kv, length + 9, dim, scale=1.0) for _ in range(total)]
     values = [draw(batch, num_kv, length + 9, dim, scale=1.0) for _ in range(total)]
     query, out = draw(batch, heads * dim, scale=1.0), draw(batch, heads * dim)

@@ -183,13 +183,16 @@ class Decoding:
     def step(self) -> list[tuple[int, int]]:
         """Add one token to every unfinished row: (row, token id) pairs."""
         training = self.model.training
-        self.model.eval()
+        if training or self._steps is None:
+            # Not at every step: a walk over all modules costs as much as a captured step.
+            self.model.eval()
         try:
             if self._steps is None:
                 self._steps = steps_for(self.model, self.options, self._active)
             tokens = self._steps.next()
         finally:
-            self.model.train(training)
+            if training:
+                self.model.train()
         new = []
         for row, token_id in zip(self._active, tokens, strict=True):
             row.ids.append(token_id)

@@ -21,6 +21,7 @@ from phi35.kernels.operations import BatchOperations, PlainOperations
 from phi35.kernels.reference import normed
 from phi35.kernels.tuning import DEFAULT
 from phi35.packed_attention import attend_packed, packed_rows
+from phi35.paged_cache import PagedCache
 
 CHUNK_SIZE = 8192
 """Tokens that run at once."""
@@ -72,7 +73,11 @@ def segments(lengths: Sequence[int], chunk_size: int) -> Iterator[list[Segment]]
 
 @torch.no_grad()
 def prefill(
-    model: Any, cache: KVCache, prompts: Sequence[Prompt], chunk_size: int | None = None, plain: bool = False
+    model: Any,
+    cache: "KVCache | PagedCache",
+    prompts: Sequence[Prompt],
+    chunk_size: int | None = None,
+    plain: bool = False,
 ) -> torch.Tensor:
     """Fill rows of a cache.
 
@@ -86,7 +91,7 @@ def prefill(
     Returns:
         (n, V) float32 logits after each prompt.
     """
-    work = _Prefill(model, cache, prompts, plain)
+    work = PromptPass(model, cache, prompts, plain)
     last: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     for chunk in segments([len(prompt.ids) for prompt in prompts], chunk_size or CHUNK_SIZE):
         hidden, end = work.run(chunk), 0
@@ -95,15 +100,15 @@ def prefill(
             if segment.last:
                 # Cloned: a slice would keep the whole chunk.
                 last[segment.prompt] = hidden[end - 1].clone()
-    logits = torch.empty(len(prompts), model.config.vocab_size, dtype=torch.float32, device=cache.keys[0].device)
-    work.operations.project_logits(torch.stack(last), norm_of(model.model.norm), model.lm_head, logits)
-    return logits
+    return work.logits(torch.stack(last))
 
 
-class _Prefill:
-    """The layers over one chunk after the other."""
+class PromptPass:
+    """The layers over one chunk after the other, of prompts on their way into a cache; arguments as of ``prefill``."""
 
-    def __init__(self, model: Any, cache: KVCache, prompts: Sequence[Prompt], plain: bool) -> None:
+    def __init__(
+        self, model: Any, cache: "KVCache | PagedCache", prompts: Sequence[Prompt], plain: bool = False
+    ) -> None:
         self.model, self.config, self.cache, self.prompts = model, model.config, cache, prompts
         self.rope = Rope(*model.model.rope.tables(cache.keys[0].device))
         act, window, heads = self.config.hidden_act, self.config.sliding_window, self.config.num_attention_heads
@@ -115,8 +120,9 @@ class _Prefill:
 
             self.operations, self.rotate = BatchOperations(act, window, cache.layer(0), heads, DEFAULT), rotate_prompt
 
+    @torch.no_grad()
     def run(self, chunk: list[Segment]) -> torch.Tensor:
-        """Hidden states (N, D) of a chunk's tokens after the last layer."""
+        """Hidden states (N, D) of a chunk's tokens after the last layer; only the first prompt may have begun."""
         ops, decoder = self.operations, self.model.model
         hidden = torch.cat([self._embeddings(segment) for segment in chunk])
         tokens = self._token_table(chunk, hidden.device)
@@ -130,6 +136,13 @@ class _Prefill:
             feed_forward = ops.sparse if self.config.is_sparse_layer(number) else ops.dense
             feed_forward(hidden, norm_of(layer.post_attention_layernorm), layer.mlp)
         return hidden
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, V) float32 of hidden states (n, D)."""
+        logits = torch.empty(len(hidden), self.config.vocab_size, dtype=torch.float32, device=hidden.device)
+        self.operations.project_logits(hidden, norm_of(self.model.model.norm), self.model.lm_head, logits)
+        return logits
 
     def _embeddings(self, segment: Segment) -> torch.Tensor:
         """(n, D) of a segment's tokens, in memory of their own: the layers write into them."""

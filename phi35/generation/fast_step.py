@@ -28,7 +28,8 @@ class DecodeStep:
 
     Args:
         model: a ``phi35.model.CausalLM`` in evaluation mode that ``limit`` has nothing against.
-        cache: with room for every token to come; its tensors are written in place. A full row overwrites its last slot.
+        cache: a ``KVCache`` with room for every token to come (a full row overwrites its last slot), or ``PagedRows``;
+            its tensors are written in place.
         tuning: shapes of the kernels' programs.
         pdl: launch kernels programmatically; None where the device can.
         plain: use torch's operations instead of the kernels.
@@ -42,7 +43,7 @@ class DecodeStep:
     def __init__(
         self,
         model: Any,
-        cache: KVCache,
+        cache: Any,
         tuning: StepTuning = DEFAULT,
         pdl: bool | None = None,
         plain: bool = False,
@@ -54,8 +55,9 @@ class DecodeStep:
         if state is None:
             self.state.lengths.copy_(cache.lengths)
             self.state.rope_long.copy_(cache.rope_long)
-        # The cache's own bookkeeping reads and writes the step's.
-        cache.lengths, cache.rope_long = self.state.lengths, self.state.rope_long
+        if isinstance(cache, KVCache):
+            # The cache's own bookkeeping reads and writes the step's.
+            cache.lengths, cache.rope_long = self.state.lengths, self.state.rope_long
         head_width = self.config.num_attention_heads * self.config.attention_head_dim
         self.hidden = torch.zeros(batch, self.config.hidden_size, dtype=dtype, device=device)
         self.query = torch.zeros(batch, head_width, dtype=dtype, device=device)
@@ -77,6 +79,12 @@ class DecodeStep:
         if self._graph is not None:
             self._graph.replay()
             return
+        self.run_layers()
+        self.operations.choose(self.logits, self.state)
+
+    @torch.no_grad()
+    def run_layers(self) -> None:
+        """The step but for the choice: ``logits`` are written, and one slot of each row of the cache."""
         decoder, ops, state = self.model.model, self.operations, self.state
         ops.embed(state.tokens, decoder.embed_tokens, self.hidden)
         for number, layer in enumerate(decoder.layers):
@@ -88,7 +96,6 @@ class DecodeStep:
             feed_forward = ops.sparse if self.config.is_sparse_layer(number) else ops.dense
             feed_forward(self.hidden, norm_of(layer.post_attention_layernorm), layer.mlp)
         ops.project_logits(self.hidden, norm_of(decoder.norm), self.model.lm_head, self.logits)
-        ops.choose(self.logits, state)
 
     @torch.no_grad()
     def capture(self) -> None:

@@ -1,6 +1,6 @@
 """Attention of one new token a row over a preallocated cache, the keys of a head split over programs.
 
-Flash-decoding: each program takes a range of a row's keys, and the program of a head that finishes last adds the
+Flash-decoding: each program takes a part of a row's keys, and the program of a head that finishes last adds the
 parts, so that no further kernel is needed. Lengths are read on the device; the number of splits is fixed, so that the
 launch does not depend on them.
 """
@@ -13,8 +13,8 @@ from phi35.kernels.common import launch_options, prefetch, slot_offset, wait_for
 from phi35.kernels.configs import AttentionConfig
 from phi35.kernels.operands import LayerCache
 
-PREFETCHED_BYTES = 32768
-"""Keys, and as many values, that a program asks for before it waits."""
+PREFETCHED_STEPS = 3
+"""Steps whose keys and values a program asks for before it waits."""
 
 
 class AttentionScratch:
@@ -81,7 +81,7 @@ def attend(
         PAGE=cache.page_size,
         STAGES=config.num_stages,
         WINDOW=sliding_window if sliding_window is not None and sliding_window < slots else 0,
-        KEY_BYTES=PREFETCHED_BYTES,
+        PREFETCHED=PREFETCHED_STEPS,
         PARTS=config.splits * num_kv * batch,
         LANES=config.num_warps * 32,
         AHEAD=len(ahead),
@@ -119,7 +119,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     STAGES: tl.constexpr,
     WINDOW: tl.constexpr,
-    KEY_BYTES: tl.constexpr,
+    PREFETCHED: tl.constexpr,
     PARTS: tl.constexpr,
     LANES: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -129,19 +129,19 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     # Written by the sampler at the end of the previous step.
     total = tl.minimum(tl.load(lengths + row), capacity).to(tl.int32) + 1
     first = tl.maximum(total - WINDOW, 0) if WINDOW else 0
-    # Steps begin at multiples of BLOCK, so that none reaches into two pages.
-    origin = first // BLOCK * BLOCK
-    share = tl.cdiv(tl.cdiv(total - origin, SPLITS), BLOCK) * BLOCK
-    start = origin + split * share
-    end = tl.minimum(start + share, total)
+    # The programs of a head take turns, step by step, so that together they walk through memory: with a stretch each,
+    # all of a long cache's memory pages would be wanted at once. Steps begin at multiples of BLOCK: none reaches into
+    # two pages of a paged cache.
+    start = first // BLOCK * BLOCK + split * BLOCK
     place = row.to(tl.int64) * NUM_KV + head
     if PDL:
-        near = tl.minimum(end - start, PAGE - start % PAGE) if PAGE else end - start
-        num_bytes = near * (HEAD_DIM * keys.dtype.element_ty.primitive_bitwidth // 8)
-        num_bytes = tl.minimum(num_bytes, KEY_BYTES)
-        offset = slot_offset(table, row, head, tl.minimum(start, capacity), capacity, NUM_KV, HEAD_DIM, PAGE)
-        prefetch(keys + offset, num_bytes, 0, 1, LANES)
-        prefetch(values + offset, num_bytes, 0, 1, LANES)
+        itemsize: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
+        for step in tl.static_range(PREFETCHED):
+            slot = start + step * SPLITS * BLOCK
+            num_bytes = tl.minimum(tl.maximum(total - slot, 0), BLOCK) * (HEAD_DIM * itemsize)
+            offset = slot_offset(table, row, head, tl.minimum(slot, capacity), capacity, NUM_KV, HEAD_DIM, PAGE)
+            prefetch(keys + offset, num_bytes, 0, 1, LANES)
+            prefetch(values + offset, num_bytes, 0, 1, LANES)
         part = (row * NUM_KV + head) * SPLITS + split
         if AHEAD > 0:
             prefetch(ahead_a, bytes_a, part, PARTS, LANES)
@@ -163,13 +163,14 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             capacity,
             first,
             start,
-            end,
+            total,
             scale,
             NUM_KV,
             HEAD_DIM,
             PADDED_DIM,
             BLOCK,
             PAGE,
+            SPLITS,
             STAGES,
         )
     else:
@@ -183,7 +184,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             capacity,
             first,
             start,
-            end,
+            total,
             scale,
             NUM_KV,
             GROUP,
@@ -192,6 +193,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             PADDED_DIM,
             BLOCK,
             PAGE,
+            SPLITS,
             STAGES,
         )
     members = tl.arange(0, 1 if GROUP == 1 else PADDED_GROUP)
@@ -223,13 +225,14 @@ def _attend_one(  # type: ignore[no-untyped-def]
     capacity,
     first,
     start,
-    end,
+    total,
     scale,
     NUM_KV: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
+    SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One query of a head of its own: maximum (1,), sum of weights (1,) and weighted values (1, d), base 2.
@@ -244,9 +247,9 @@ def _attend_one(  # type: ignore[no-untyped-def]
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     weight = tl.zeros((BLOCK,), tl.float32)
     summed = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
-    for step in tl.range(start, end, BLOCK, num_stages=STAGES):
+    for step in tl.range(start, total, SPLITS * BLOCK, num_stages=STAGES):
         slots = step + lanes
-        inside = (slots < end) & (slots >= first)
+        inside = (slots < total) & (slots >= first)
         offset = slot_offset(table, row, head, step, capacity, NUM_KV, HEAD_DIM, PAGE)
         at = offset + lanes[:, None] * HEAD_DIM + dims[None, :]
         mask = inside[:, None] & inside_dims
@@ -279,7 +282,7 @@ def _attend_group(  # type: ignore[no-untyped-def]
     capacity,
     first,
     start,
-    end,
+    total,
     scale,
     NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
@@ -288,6 +291,7 @@ def _attend_group(  # type: ignore[no-untyped-def]
     PADDED_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
+    SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """The queries that share a head of keys, on the matrix units: maxima (g,), sums (g,), weighted values (g, d)."""
@@ -297,9 +301,9 @@ def _attend_group(  # type: ignore[no-untyped-def]
     best = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
     weight = tl.zeros((PADDED_GROUP,), tl.float32)
     summed = tl.zeros((PADDED_GROUP, PADDED_DIM), tl.float32)
-    for step in tl.range(start, end, BLOCK, num_stages=STAGES):
+    for step in tl.range(start, total, SPLITS * BLOCK, num_stages=STAGES):
         slots = step + lanes
-        inside = (slots < end) & (slots >= first)
+        inside = (slots < total) & (slots >= first)
         real = inside[:, None] & (dims < HEAD_DIM)[None, :]
         offset = slot_offset(table, row, head, step, capacity, NUM_KV, HEAD_DIM, PAGE)
         at = offset + lanes[:, None] * HEAD_DIM + dims[None, :]

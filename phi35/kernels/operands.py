@@ -153,6 +153,12 @@ class StepState:
             logprobs=torch.zeros(ring, batch, pin_memory=pinned),
         )
 
+    def first(self, count: int) -> "StepState":
+        """The first rows of this state, sharing its memory."""
+        rows = {name: getattr(self, name)[:count] for name in ROW_FIELDS}
+        rings = {name: getattr(self, name)[:, :count] for name in ("draws", "history", "logprobs")}
+        return StepState(**rows, **rings)
+
     def select(self, places: torch.Tensor) -> "StepState":
         """A state of copies of these rows (n,) int64; its rings are new and empty."""
         chosen = StepState.new(len(places), self.seen.shape[1], self.tokens.device)

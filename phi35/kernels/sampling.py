@@ -39,7 +39,8 @@ def choose(logits: torch.Tensor, state: StepState, pdl: bool) -> None:
         state.history,
         state.logprobs,
         vocab,
-        batch,
+        state.draws.stride(0),
+        state.history.stride(0),
         DRAWS=state.draws.shape[0],
         RING=state.history.shape[0],
         PADDED=triton.next_power_of_2(vocab),
@@ -73,7 +74,8 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     history,
     logprobs,
     vocab,
-    batch,
+    draws_stride,
+    history_stride,
     DRAWS: tl.constexpr,
     RING: tl.constexpr,
     PADDED: tl.constexpr,
@@ -100,14 +102,14 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
         # Counted from the best down, as on the host; a divisor below the smallest normal number would count as 0.
         chances = tl.exp((scores - best) / tl.maximum(temperature, 1.1754944e-38))
         chances = _filtered(chances, real, vocab, tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row))
-        draw = tl.load(draws + (step % DRAWS) * batch + row).to(tl.float32)
+        draw = tl.load(draws + (step % DRAWS) * draws_stride + row).to(tl.float32)
         cumulative = tl.cumsum(chances, axis=0)
         passed = (cumulative > draw * tl.max(cumulative, axis=0)) & (chances > 0)
         # Rounding may carry a draw just below 1 past the end; the last token with any probability is meant.
         last = tl.max(tl.where(chances > 0, ids, 0), axis=0)
         token = tl.minimum(tl.min(tl.where(passed, ids, PADDED), axis=0), last)
-    tl.store(logprobs + (step % RING) * batch + row, tl.load(logits_at + token) - normaliser)
-    tl.store(history + (step % RING) * batch + row, token.to(tl.int32))
+    tl.store(logprobs + (step % RING) * history_stride + row, tl.load(logits_at + token) - normaliser)
+    tl.store(history + (step % RING) * history_stride + row, token.to(tl.int32))
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(seen_at + token, 1)
     tl.store(steps + row, step + 1)

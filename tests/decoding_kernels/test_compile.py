@@ -87,7 +87,7 @@ def test_attention_streams_keys_through_shared_memory(tmp_path: Path, group: int
     arguments |= {"table": "*i32", "lengths": "*i64", "arrived": "*i32", "capacity": "i32", "softmax_scale": "fp32"}
     constants = {"NUM_KV": 32 // group, "GROUP": group, "PADDED_GROUP": 16, "HEAD_DIM": head_dim, "PADDED_DIM": 128}
     constants |= {"SPLITS": 8, "PADDED_SPLITS": 8, "BLOCK": config.block, "PAGE": page, "STAGES": config.num_stages}
-    constants |= {"WINDOW": 0, "KEY_BYTES": attention.PREFETCHED_BYTES, "PARTS": 256, "LANES": 128, "AHEAD": 3}
+    constants |= {"WINDOW": 0, "PREFETCHED": attention.PREFETCHED_STEPS, "PARTS": 256, "LANES": 128, "AHEAD": 3}
     constants |= {"PDL": True}
     arguments |= typed("*bf16", "ahead_a", "ahead_b", "ahead_c") | typed("i32", "bytes_a", "bytes_b", "bytes_c")
     kernel = compile_kernel(attention._attend_kernel, arguments, constants, config.num_warps)
@@ -97,13 +97,13 @@ def test_attention_streams_keys_through_shared_memory(tmp_path: Path, group: int
     assert any("HMMA" in text for text in instructions) == (group > 1)
     # Prefetched before the wait.
     (wait,) = [place for place, text in enumerate(instructions) if "ACQBULK" in text]
-    assert sum("UBLKPF" in text for text in instructions[:wait]) == 5
+    assert sum("UBLKPF" in text for text in instructions[:wait]) == 2 * attention.PREFETCHED_STEPS + 3
 
 
 def test_sampler_router_and_batched_kernels_compile(tmp_path: Path) -> None:
     arguments = typed("*fp32", "logits", "temperatures", "top_ps", "min_ps", "penalties", "logprobs")
     arguments |= typed("*i64", "steps", "tokens", "lengths") | typed("*i32", "top_ks", "history")
-    arguments |= {"draws": "*fp64", "seen": "*u8", "vocab": "i32", "batch": "i32"}
+    arguments |= {"draws": "*fp64", "seen": "*u8", "vocab": "i32"} | typed("i32", "draws_stride", "history_stride")
     constants: dict[str, Any] = {"DRAWS": 256, "RING": 64, "PADDED": 32768, "PDL": True}
     assert compile_kernel(sampling._choose_kernel, arguments, constants, 32).metadata.shared < 65536
     arguments = typed("*bf16", "hidden", "norm_weight", "norm_bias", "weight", "normed")

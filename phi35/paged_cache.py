@@ -1,0 +1,145 @@
+"""A key-value cache in pages that rows share: a row takes pages as it grows and gives them back when it ends.
+
+After PagedAttention (arXiv 2309.06180). Page 0 belongs to nobody: what rows outside the batch still write goes there.
+The bookkeeping is the host's; the device reads two tables, one of the pages that a row owns, and one for decoding
+steps, in which rows that are not to be stepped own page 0 alone.
+"""
+
+import torch
+
+from phi35.config import ModelConfig
+from phi35.kernels.operands import LayerCache
+
+PAGE_SIZE = 64
+"""Slots of a page: a multiple of the keys that a kernel takes per step."""
+
+
+class PagedCache:
+    """Keys and values of every layer.
+
+    Args:
+        config: the model's config.
+        num_rows: most rows at a time.
+        num_pages: pages in all, page 0 included.
+        max_length: most tokens of a row.
+        device: where the tensors lie.
+        dtype: of keys and values.
+
+    Attributes:
+        lengths: (rows,) int64 tokens of each row, the steps' own.
+        rope_long: (rows,) bool, rows under the long factors.
+        table: (rows, n) int32 pages that each row owns, 0 past them.
+        step_table: (rows, n) int32, the same for rows that are stepped, else 0.
+
+    Raises:
+        ValueError: for fewer rows, pages or tokens than one row of one page needs.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_rows: int,
+        num_pages: int,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if num_rows < 1 or num_pages < 2 or max_length < 1:
+            raise ValueError(
+                "a paged cache needs at least 1 row, 2 pages (one is nobody's) and 1 token a row, got "
+                f"num_rows={num_rows}, num_pages={num_pages}, max_length={max_length}"
+            )
+        self.config, self.max_length = config, max_length
+        shape = (num_pages, config.num_key_value_heads, PAGE_SIZE, config.attention_head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        # One column more than any row needs: a row that runs over writes to page 0.
+        columns = -(-max_length // PAGE_SIZE) + 1
+        self.table = torch.zeros(num_rows, columns, dtype=torch.int32, device=device)
+        self.step_table = torch.zeros_like(self.table)
+        self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.rope_long = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._free = list(range(num_pages - 1, 0, -1))
+        self._owned: list[list[int]] = [[] for _ in range(num_rows)]
+        self._stepped = [False] * num_rows
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody owns."""
+        return len(self._free)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that rows can own."""
+        return self.keys[0].shape[0] - 1
+
+    def missing(self, row: int, num_slots: int) -> int:
+        """Pages that a row lacks for so many tokens."""
+        return max(0, -(-num_slots // PAGE_SIZE) - len(self._owned[row]))
+
+    def reserve(self, row: int, num_slots: int) -> bool:
+        """Give a row pages for so many tokens; False, and nothing done, where there are too few."""
+        count = self.missing(row, num_slots)
+        if count > len(self._free):
+            return False
+        if count:
+            owned, pages = self._owned[row], [self._free.pop() for _ in range(count)]
+            places = slice(len(owned), len(owned) + count)
+            written = torch.tensor(pages, dtype=torch.int32).to(self.table.device)
+            self.table[row, places] = written
+            if self._stepped[row]:
+                self.step_table[row, places] = written
+            owned += pages
+        return True
+
+    def set_stepped(self, row: int, stepped: bool) -> None:
+        """Whether decoding steps work on a row, or write its part to page 0."""
+        self._stepped[row] = stepped
+        if stepped:
+            self.step_table[row] = self.table[row]
+        else:
+            self.step_table[row] = 0
+            self.lengths[row] = 0
+
+    def release(self, row: int) -> None:
+        """Take a row's pages back. Steps that were queued before may still write to them."""
+        self.set_stepped(row, False)
+        self.table[row] = 0
+        self._free += reversed(self._owned[row])
+        self._owned[row] = []
+
+    def layer(self, number: int) -> LayerCache:
+        """One layer of all rows, as prompts are read into it."""
+        return LayerCache(self.keys[number], self.values[number], self.table)
+
+
+class PagedRows:
+    """The first rows of a paged cache, as a decoding step takes them.
+
+    Args:
+        cache: the cache.
+        count: how many rows.
+
+    Attributes:
+        columns: how many pages of each row are looked at; set it lower only where no graph was captured.
+    """
+
+    def __init__(self, cache: PagedCache, count: int) -> None:
+        self.cache, self.batch_size = cache, count
+        self.columns = cache.table.shape[1]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(n,) int64."""
+        return self.cache.lengths[: self.batch_size]
+
+    @property
+    def rope_long(self) -> torch.Tensor:
+        """(n,) bool."""
+        return self.cache.rope_long[: self.batch_size]
+
+    def layer(self, number: int) -> LayerCache:
+        """One layer of these rows."""
+        table = self.cache.step_table[: self.batch_size, : self.columns]
+        return LayerCache(self.cache.keys[number], self.cache.values[number], table)
