@@ -36,6 +36,7 @@ lint: install
 gpu: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/moe_layer.py
+	$(BIN)/python benchmarks/plan_check.py
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -383,8 +383,9 @@ def _midpoint_factor(kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _router_scores(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(N, E) scores in float32, or float64 where the tokens are."""
     both = (hidden_states.dtype, weight.dtype)
-    if hidden_states.is_cuda and both == (torch.bfloat16,) * 2 and not torch.compiler.is_compiling():
+    device_type = hidden_states.device.type
+    if device_type in ("cuda", "meta") and both == (torch.bfloat16,) * 2 and not torch.compiler.is_compiling():
         return _Bfloat16Scores.apply(hidden_states, weight)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    with torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False):
         return F.linear(hidden_states.to(dtype), weight.to(dtype))

@@ -46,4 +46,5 @@ def _unpack(kept: Any) -> torch.Tensor:
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     """The same for views that hold the same elements in the same order."""
     storage = tensor.untyped_storage()
-    return storage.data_ptr(), tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor.is_contiguous()
+    # The storage itself, not its address: on the meta device every address is 0.
+    return storage._cdata, tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor.is_contiguous()

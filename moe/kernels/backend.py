@@ -37,7 +37,7 @@ def limit(hidden_states: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: to
     dtype = hidden_states.dtype
     if gate_up_proj.dtype != dtype or down_proj.dtype != dtype:
         return f"tokens are {dtype}, expert weights {gate_up_proj.dtype} and {down_proj.dtype}"
-    if hidden_states.device.type != "cuda" and not _interpreted():
+    if hidden_states.device.type not in ("cuda", "meta") and not _interpreted():
         return f"tokens are on {hidden_states.device.type}, the kernels run on CUDA"
     supported = (torch.bfloat16, torch.float16) if not _interpreted() else (torch.float16, torch.float32)
     if dtype not in supported:

@@ -12,6 +12,7 @@ def main() -> None:
     from phi35.cli.doctor import doctor
     from phi35.cli.eval import app as eval_app
     from phi35.cli.generate import generate
+    from phi35.cli.plan import plan
     from phi35.cli.plot import plot
     from phi35.cli.presets import presets
     from phi35.cli.quantize import quantize
@@ -23,7 +24,7 @@ def main() -> None:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (generate, chat, presets, convert, quantize, upcycle, plot, doctor):
+    for command in (generate, chat, presets, convert, quantize, upcycle, plan, plot, doctor):
         app.command()(command)
     app.add_typer(eval_app, name="eval", help="Evaluate a model on data at hand.")
     try:

@@ -44,6 +44,7 @@ class TrainingConfig:
         decay_embeddings: whether token embeddings and the output head are decayed too.
         optimizer: "adamw"; "adamw8bit" with 8-bit moments (bitsandbytes); "muon" for the inner matrices, with AdamW
             for everything else.
+        ema_decay: of an exponential moving average of the trained weights, in float32; 0 for none.
         adam_betas: AdamW's betas.
         adam_epsilon: AdamW's epsilon.
         gradient_clipping: largest global gradient norm; 0 for no clipping.
@@ -112,6 +113,7 @@ class TrainingConfig:
     weight_decay: float = 0.1
     decay_embeddings: bool = False
     optimizer: str = "adamw"
+    ema_decay: float = 0.0
     adam_betas: tuple[float, float] = (0.9, 0.95)
     adam_epsilon: float = 1e-8
     gradient_clipping: float = 1.0
@@ -263,6 +265,17 @@ def read_config(
     Raises:
         ValueError: for unreadable files, unknown keys (all of them named) and invalid values.
     """
+    return TrainingConfig(**read_settings(path, overrides, defaults))
+
+
+def read_settings(
+    path: str | Path | None = None, overrides: list[str] | None = None, defaults: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields that ``read_config`` makes a config of, without those that nobody gave.
+
+    Raises:
+        ValueError: for unreadable files and unknown keys, all of them named.
+    """
     values: dict[str, Any] = dict(defaults or {})
     if path is not None:
         if not Path(path).is_file():
@@ -283,7 +296,7 @@ def read_config(
             value = outer
         values[name] = value
     _check_known(values)
-    return TrainingConfig(**{name: _with_numbers(name, value) for name, value in values.items()})
+    return {name: _with_numbers(name, value) for name, value in values.items()}
 
 
 def _yaml(text: str, where: str) -> Any:

@@ -1,0 +1,1 @@
+"""Memory, time and settings of a training run, worked out before it starts."""
