@@ -104,7 +104,7 @@ def _print_table(found: list[Any], total: int, capacity: int) -> None:
     print(render(rows))
     if total > len(found):
         print(f"({total - len(found)} more: --all)")
-    print(f"A setting fits if its peak, 3 % of it and 1.5 GB stay within {capacity / GIGABYTE:.1f} GB.\n")
+    print(f"A setting fits if its peak, 6 % of it and 1.5 GB stay within {capacity / GIGABYTE:.1f} GB.\n")
 
 
 def _print_parts(best: Any, capacity: int) -> None:

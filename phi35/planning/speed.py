@@ -29,8 +29,8 @@ class MeasuredMfu:
         mfu: share of the device's bfloat16 peak, as ``phi35.training.flops`` counts.
         gradient_checkpointing: what the measured run recomputed.
         device: it ran on.
-        source: the file, table or report that holds it.
-        ours: whether this project ran it; False for a peer's loop, which stands in until ours was measured.
+        source: the file in the project that holds it.
+        case: its name there.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class MeasuredMfu:
     gradient_checkpointing: bool | str
     device: str
     source: str
-    ours: bool
+    case: str
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,6 @@ def _measured(model_config: ModelConfig, config: TrainingConfig) -> tuple[float,
     kind = "vision" if model_config.vision is not None else "sparse" if model_config.is_sparse else "dense"
     wanted = config.gradient_checkpointing
     found = [one for one in measurements() if one.kind == kind]
-    found = found or [one for one in measurements() if one.kind == "dense"]
-    # Our own before a peer's, then one with the same recomputation, then the best.
-    best = max(found, key=lambda one: (one.ours, one.gradient_checkpointing == wanted, one.mfu))
+    best = max(found, key=lambda one: (one.gradient_checkpointing == wanted, one.mfu))
     factor = SLOWDOWN[best.gradient_checkpointing] / SLOWDOWN[wanted]
-    return best.mfu * factor, f"{best.mfu:.1%} on {best.device} ({best.source})"
+    return best.mfu * factor, f"{best.mfu:.1%} on one {best.device}: {best.source}, case {best.case!r}"
