@@ -161,7 +161,7 @@ def shared_steps(rank, world_size, model, changes, overrides, packed):
         (
             "tiny-phi-3.5-mini",
             4,
-            {"sequence_parallel_size": 4, "zero_stage": 0},
+            {"sequence_parallel_size": 4, "zero_stage": 0, "gradient_checkpointing": "selective"},
             True,
         ),
         ("tiny-phi-3.5-moe", 2, {"sequence_parallel_size": 2, "ep_size": 1}, True),
