@@ -5,7 +5,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test lint format clean megablocks gpu
+.PHONY: install demo test long lint format clean megablocks gpu
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ $(VENV)/megablocks-sources: $(VENV)/.installed
 test: install $(VENV)/megablocks-sources
 	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 PHI35_MEGABLOCKS_SOURCES="$(abspath $(VENV))/megablocks-sources" \
 		$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 15
+
+# Tests that take minutes: samples of 131,072 tokens.
+long: install
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -s
 
 lint: install
 	$(BIN)/ruff check .

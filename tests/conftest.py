@@ -16,10 +16,12 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, with the reason."""
     devices = torch.cuda.device_count()
     for item in items:
+        if item.get_closest_marker("long") and "long" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: make long runs it"))
         if item.get_closest_marker("gpu") and devices < 1:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("multigpu") and devices < 2:
