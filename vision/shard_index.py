@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import tarfile
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, fields
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from phi35.data.tar_members import tar_members
 from vision.decode import ImageTooLargeError, picture_size
 from vision.descriptions import SkippedSample, parse_description
 
@@ -30,7 +30,6 @@ FORMAT = 1
 _MEMBER = re.compile(
     rf"(?P<key>[^.]+)\.(?:(?P<json>json)|(?P<number>\d{{1,4}})\.(?:{'|'.join(IMAGE_SUFFIXES)}))", re.IGNORECASE
 )
-_MAX_HEADER_READ = 2**20
 _PROBED = 65536
 
 
@@ -102,9 +101,11 @@ def scan_shard(path: Path) -> tuple[ShardTable, Counter[str]]:
     left_out: Counter[str] = Counter()
     rows: list[tuple[Any, ...]] = []
     images: list[tuple[int, int, int, int]] = []
+    parts = _members(path, left_out)
+    if left_out["unreadable_shard"]:
+        return _table([], []), left_out
     try:
         with path.open("rb") as file:
-            parts = _members(file, path.stat().st_size, left_out)
             for part in parts.values():
                 try:
                     row, pictures = _sample(file, part)
@@ -113,7 +114,7 @@ def scan_shard(path: Path) -> tuple[ShardTable, Counter[str]]:
                     continue
                 rows.append(row)
                 images += pictures
-    except (OSError, tarfile.TarError):
+    except OSError:
         return _table([], []), left_out + Counter(unreadable_shard=1)
     return _table(rows, images), left_out
 
@@ -169,32 +170,21 @@ def _identity(shard: Path) -> list[Any]:
     return [size, digest.hexdigest()]
 
 
-def _members(file: Any, length: int, left_out: Counter[str]) -> dict[str, _Parts]:
+def _members(path: Path, left_out: Counter[str]) -> dict[str, _Parts]:
     parts: dict[str, _Parts] = {}
-    headers: Any = _Headers(file)
-    with tarfile.open(fileobj=headers, mode="r:") as archive:
-        try:
-            for member in archive:
-                if member.offset_data + member.size > length:
-                    raise tarfile.ReadError("the last member is cut off")
-                _note(member, parts, left_out)
-        except (tarfile.ReadError, EOFError):
-            left_out["truncated_shard"] += 1
-            if parts:  # the last sample may have lost pictures
-                parts.popitem()
+    for member in tar_members(path, left_out):
+        match = _MEMBER.fullmatch(member.name.removeprefix("./"))
+        if match is None:
+            left_out["foreign_member"] += 1
+            continue
+        part = parts.setdefault(match["key"], _Parts())
+        if match["json"]:
+            part.description = (member.offset, member.size)
+        else:
+            part.images[int(match["number"])] = (member.offset, member.size)
+    if left_out["truncated_shard"] and parts:  # the last sample may have lost pictures
+        parts.popitem()
     return parts
-
-
-def _note(member: tarfile.TarInfo, parts: dict[str, _Parts], left_out: Counter[str]) -> None:
-    match = _MEMBER.fullmatch(member.name.removeprefix("./"))
-    if match is None or not member.isreg() or member.issparse():
-        left_out["foreign_member"] += 1
-        return
-    part = parts.setdefault(match["key"], _Parts())
-    if match["json"]:
-        part.description = (member.offset_data, member.size)
-    else:
-        part.images[int(match["number"])] = (member.offset_data, member.size)
 
 
 def _sample(file: Any, part: _Parts) -> tuple[tuple[Any, ...], list[tuple[int, int, int, int]]]:
@@ -270,22 +260,3 @@ class MemberFile(io.RawIOBase):
         content = self.read(len(buffer))
         buffer[: len(content)] = content
         return len(content)
-
-
-class _Headers:
-    """The file as tarfile sees it: a header that asks for more than a MiB (a long name, say) is refused."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _MAX_HEADER_READ:
-            raise tarfile.ReadError(f"a tar header of {size} bytes")
-        content: bytes = self._file.read(size)
-        return content
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())

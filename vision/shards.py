@@ -6,10 +6,8 @@ nothing is unpickled, no command is run, no URL is opened, nothing is extracted,
 over. What is broken is left out and counted by reason.
 """
 
-import glob
 import hashlib
 import os
-import re
 import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from phi35.data.tar_members import local_files
 from vision.descriptions import SkippedSample
 from vision.shard_index import ShardTable, open_index, parse_json
 
@@ -140,19 +139,4 @@ def find_shards(data: str | Path | Sequence[str | Path]) -> list[Path]:
     Raises:
         ValueError: for a URL, a ``pipe:`` command, or a source that matches no file.
     """
-    sources = [data] if isinstance(data, str | Path) else list(data)
-    paths: list[Path] = []
-    for source in sources:
-        text = str(source)
-        if text.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
-            raise ValueError(f"shards are read from local files only, got {text!r}: copy them to a folder first")
-        if Path(text).is_dir():
-            found = sorted(Path(text).glob("*.tar"))
-        else:
-            found = [Path(text)] if Path(text).is_file() else sorted(map(Path, glob.glob(text)))
-        if not found:
-            raise ValueError(f"no shards at {text!r}: expected a folder of *.tar files, a tar file or a glob pattern")
-        paths += found
-    if not paths:
-        raise ValueError("expected at least one shard, got an empty list")
-    return paths
+    return local_files(data, "*.tar", "shards")
