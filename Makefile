@@ -5,7 +5,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test long lint format clean megablocks gpu
+.PHONY: install demo test long faults lint format clean megablocks gpu
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,11 @@ test: install $(VENV)/megablocks-sources
 # Tests that take minutes: samples of 131,072 tokens.
 long: install
 	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -s
+
+# The long fault tests: signals and deaths under DeepSpeed's launcher, many kills of ranks that save, a full disk.
+faults: install
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/survival -m faults --fault-report benchmarks/results/faults.json
 
 lint: install
 	$(BIN)/ruff check .
