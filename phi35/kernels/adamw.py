@@ -107,7 +107,7 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
     square = square * beta2 + upstream * upstream * one_less_beta2
     value = value * decay - step_size * mean / (tl.sqrt(square) * second_correction + epsilon)
     if HAS_FACTOR:
-        inside = inside & (scale == scale)
+        inside = places < tl.where(scale == scale, count, 0)
     if ROUND_WEIGHTS or ROUND_MOMENTS:
         bits = _mix(places.to(tl.uint32) ^ (key.to(tl.uint32) * 2654435769))
         more = _mix(bits + 1640531527)

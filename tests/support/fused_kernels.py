@@ -147,6 +147,12 @@ def optimizer() -> dict[str, float]:
         # With a master the weights are cast to bfloat16, which the interpreter does by cutting off.
         report[name] = max(relative(a, b) for a, b in (pairs if master is None else pairs[1:]))
         report[f"{name}, weights"] = relative(*pairs[0])
+        before = [value for value in (weights, grad, master, first, second) if value is not None]
+        after = [None if value is None else value.clone() for value in (weights, grad, master, first, second)]
+        after[1].fill_(torch.inf)
+        adamw.update(*after, torch.tensor(torch.nan), **options)
+        kept = [value for value in after if value is not None]
+        report[f"{name}, left alone"] = all(torch.equal(kept[i], before[i]) for i in range(len(kept)) if i != 1)
     return report
 
 
