@@ -19,7 +19,7 @@ import torch
 
 from phi35.generation.captured_steps import CapturedSteps, steps_for
 from phi35.generation.plain_steps import PlainSteps
-from phi35.generation.rows import Row
+from phi35.generation.rows import Row, finish_reason
 from phi35.generation.sampling import SamplingOptions, row_generators, seed_problems
 from phi35.generation.stopping import stop_problems, stop_strings
 from phi35.generation.streaming import TextStream
@@ -136,7 +136,7 @@ class Decoding:
         self._check(input_ids, mask, pixel_values, tokenizer)
         self.options.warn_without_effect()
         stop_ids = self.options.stop_token_ids
-        self._stop_ids = frozenset(self.config.stop_token_ids if stop_ids is None else stop_ids)
+        self.stop_ids = frozenset(self.config.stop_token_ids if stop_ids is None else stop_ids)
         self._input_ids = input_ids.to(model.device)
         keep = mask.to(model.device).bool()
         embeds = self._embeds(pixel_values, image_sizes)
@@ -224,14 +224,7 @@ class Decoding:
         self._steps.keep(staying)
 
     def _ended(self, row: Row) -> bool:
-        if row.text is not None:
-            row.text.feed(row.ids[-1])
-        return (
-            row.ids[-1] in self._stop_ids
-            or len(row.ids) - row.prompt_length >= self.options.max_new_tokens
-            or len(row.ids) >= self.config.max_position_embeddings
-            or (row.text is not None and row.text.stopped)
-        )
+        return finish_reason(row, self.options, self.stop_ids, self.config.max_position_embeddings) is not None
 
     def _check(
         self,

@@ -1,6 +1,7 @@
 """The rows of a generation: what each prompt is, and the ids it has by now."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -50,3 +51,14 @@ def crosses(row: Row, config: ModelConfig, ahead: int = 0) -> bool:
     """
     switches = config.rope_scaling is not None
     return switches and not row.rope_long and len(row.ids) + ahead > config.original_max_position_embeddings
+
+
+def finish_reason(row: Row, options: Any, stop_ids: Collection[int], max_length: int) -> str | None:
+    """Why a row ends with its last token, to be called once for every new token: "stop", "length" or None."""
+    if row.text is not None:
+        row.text.feed(row.ids[-1])
+    if row.ids[-1] in stop_ids or (row.text is not None and row.text.stopped):
+        return "stop"
+    if len(row.ids) - row.prompt_length >= options.max_new_tokens or len(row.ids) >= max_length:
+        return "length"
+    return None

@@ -54,11 +54,11 @@ def test_sparse_feed_forward_chooses_and_computes_as_the_layer(report: dict[str,
     assert max(report[case].values()) < 2e-6
 
 
-@pytest.mark.parametrize("case", ["step", "sparse_step", "batched_step"])
+@pytest.mark.parametrize("case", ["step", "sparse_step", "batched_step", "batcher"])
 def test_whole_steps_equal_the_plain_path(report: dict[str, Any], case: str) -> None:
     # Measured: at most 6.9e-7. Rows of 40, 12 and 31 tokens under both factor sets.
     assert report[case]["wrong"] == 0
-    assert report[case]["logits"] < 3e-6
+    assert report[case]["logits"] < (2e-5 if case == "batcher" else 3e-6)  # the batcher's are log-probabilities
 
 
 @pytest.mark.parametrize("case", CHOICES)

@@ -1,20 +1,105 @@
-"""The decoding loop on a CUDA device."""
+"""Captured steps and the batcher on a CUDA device, in float32, against the plain loop."""
 
 import pytest
 import torch
 
 import phi35
-from phi35.generation.decoding import generate
+from phi35.generation import captured_steps, step_pool
+from phi35.generation.batcher import Batcher
+from phi35.generation.captured_steps import CapturedSteps
+from phi35.generation.decoding import Decoding, generate
+from phi35.model import CausalLM
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = (5, 20, 31, 40)
 
 
-@pytest.mark.gpu
+def tiny(name: str, **changes: object) -> CausalLM:
+    """A tiny model that crosses at 32 tokens."""
+    return phi35.create(name, seed=0, initializer_range=0.15, original_max_position_embeddings=32, **changes)
+
+
+def batch_of(*lengths: int) -> dict[str, torch.Tensor]:
+    """Left-padded random prompts."""
+    ids = torch.randint(3, 1000, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 @pytest.mark.parametrize("name", ["tiny-phi-3.5-mini", "tiny-phi-3.5-moe"])
 def test_a_cuda_batch_gives_the_cpus_greedy_and_sampled_tokens(name: str) -> None:
     """float32, rows of 5, 20 and 40 tokens around an original length of 32, two of them crossing or beyond it."""
-    model = phi35.create(name, seed=0, initializer_range=0.15, original_max_position_embeddings=32)
+    model = tiny(name)
     ids = torch.randint(3, 1000, (3, 40), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(40) >= torch.tensor([[35], [20], [0]])
     for options in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}):
         expected = generate(model.cpu(), ids, mask, max_new_tokens=16, **options)
         found = generate(model.cuda(), ids.cuda(), mask.cuda(), max_new_tokens=16, **options)
         assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", ["tiny-phi-3.5-mini", "tiny-phi-3.5-moe", "tiny-phi-3-mini-4k"])
+def test_graphs_give_the_plain_loops_text(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crossings, a growing cache, a halved batch, sampling; a sparse batch in float32 has no graph, one row has."""
+    monkeypatch.setattr(captured_steps, "FIRST_TOKENS", 4)
+    monkeypatch.setattr(captured_steps, "WORTH_A_CAPTURE", 0)
+    model = (
+        tiny(name).cuda() if name != "tiny-phi-3-mini-4k" else phi35.create(name, seed=0, device="cuda", dtype="fp32")
+    )
+    batch = batch_of(*LENGTHS[-rows:])
+    plain = Decoding(model, **batch, max_new_tokens=24, stop_token_ids=(), fast=False)
+    while not plain.done:
+        plain.step()
+    stops = [plain.new_ids(row)[3 + 5 * row] for row in range(rows)]
+    for options in ({}, {"stop_token_ids": stops}, {"temperature": 0.9, "top_k": 20, "seed": 4}):
+        options = {"max_new_tokens": 24, "stop_token_ids": (), "return_logprobs": True, **options}
+        ways = [Decoding(model, **batch, fast=fast, **options) for fast in (None, False)]
+        for way in ways:
+            while not way.done:
+                way.step()
+        assert isinstance(ways[0]._steps, CapturedSteps) or (rows > 1 and "moe" in name)
+        for row in range(rows):
+            assert ways[0].new_ids(row) == ways[1].new_ids(row)
+            pairs = zip(ways[0].logprobs(row), ways[1].logprobs(row), strict=True)
+            assert max(abs(a - b) for a, b in pairs) < 1e-4
+
+
+def test_a_kept_step_serves_the_next_call() -> None:
+    model = tiny("tiny-phi-3.5-mini").cuda()
+    batch = batch_of(12)
+    first = generate(model, **batch, max_new_tokens=8)
+    step = model.__dict__[step_pool.ATTRIBUTE].step
+    second = generate(model, **batch, max_new_tokens=8)
+    assert torch.equal(first, second)
+    assert model.__dict__[step_pool.ATTRIBUTE].step is step
+    other = generate(model, **batch_of(30), max_new_tokens=8)
+    assert torch.equal(other, generate(model, **batch_of(30), max_new_tokens=8, fast=False))
+    with torch.no_grad():
+        model.lm_head.weight.neg_()  # in place: the graph reads the new values
+    assert torch.equal(
+        generate(model, **batch, max_new_tokens=8), generate(model, **batch, max_new_tokens=8, fast=False)
+    )
+    step_pool.drop(model)
+    assert step_pool.ATTRIBUTE not in model.__dict__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batched_requests_get_their_own_text(dtype: torch.dtype) -> None:
+    """Graphs over pages; in bfloat16 the first tokens alone, before rounding tells the ways apart."""
+    model = tiny("tiny-phi-3.5-mini").to("cuda", dtype)
+    batcher = Batcher(model, max_rows=4, max_tokens=1024, chunk_size=32)
+    assert batcher.mode == "graphs"
+    lengths, count = (5, 28, 40, 70, 12, 90), 24 if dtype == torch.float32 else 2
+    prompts = [batch_of(length)["input_ids"] for length in lengths]
+    options = [{"temperature": 0.9, "seed": n} if n % 2 else {} for n in range(len(lengths))]
+    for ids, one in zip(prompts, options, strict=True):
+        batcher.submit(ids, max_new_tokens=count, stop_token_ids=(), **one)
+    found: dict[int, list[int]] = {}
+    for emitted in batcher.run():
+        found.setdefault(emitted.request, []).append(emitted.token_id)
+    for number, (ids, one) in enumerate(zip(prompts, options, strict=True)):
+        out = generate(model, ids, max_new_tokens=count, stop_token_ids=(), fast=False, **one)
+        assert found[number] == out[0, ids.shape[1] :].tolist()
+    assert batcher.cache.num_free == batcher.cache.num_pages

@@ -15,6 +15,8 @@ import phi35
 from moe.kernels import decode_step
 from moe.layer import SparseMoE
 from phi35 import presets
+from phi35.generation.batcher import Batcher
+from phi35.generation.decoding import Decoding
 from phi35.generation.fast_step import DecodeStep
 from phi35.generation.sampling import SamplingOptions, next_tokens, row_generators
 from phi35.kernels import attention, batched, reference, sampling, vector
@@ -23,6 +25,31 @@ from phi35.kernels.configs import AttentionConfig, VectorConfig
 from phi35.kernels.operands import LayerCache, Norm, Rope, StepState
 from phi35.kernels.operations import BatchOperations, VectorOperations
 from phi35.kernels.tuning import StepTuning
+
+
+def batcher_case() -> dict[str, float]:
+    """Three requests over two rows of a paged cache, kernels and device choice included: wrong tokens."""
+    model = phi35.create("tiny-phi-3.5-mini", seed=0, initializer_range=0.15)
+    requests = [(70, {}), (5, {"temperature": 0.9, "top_p": 0.9, "seed": 3}), (9, {"repetition_penalty": 1.5})]
+    batcher, found, wrong = Batcher(model, max_rows=2, max_tokens=512, mode="kernels"), {}, 0
+    prompts = [
+        torch.randint(3, 1000, (length,), generator=torch.Generator().manual_seed(length)) for length, _ in requests
+    ]
+    for ids, (_, options) in zip(prompts, requests, strict=True):
+        batcher.submit(ids, max_new_tokens=3, stop_token_ids=(), **options)
+    error = 0.0
+    for one in batcher.run():
+        found.setdefault(one.request, []).append(one)
+    for number, (ids, (_, options)) in enumerate(zip(prompts, requests, strict=True)):
+        alone = Decoding(
+            model, ids[None], max_new_tokens=3, stop_token_ids=(), fast=False, return_logprobs=True, **options
+        )
+        while not alone.done:
+            alone.step()
+        wrong += [one.token_id for one in found[number]] != alone.new_ids(0)
+        error = max([error, *(abs(one.logprob - b) for one, b in zip(found[number], alone.logprobs(0), strict=True))])
+    return {"wrong": float(wrong), "logits": error}
+
 
 NARROW = StepTuning(
     *[VectorConfig(4, 1)] * 7,
@@ -273,6 +300,7 @@ if __name__ == "__main__":
             "tiny-phi-3.5-moe", 1, shared_expert_intermediate_size=32, decoder_sparse_step=2, dense_intermediate_size=48
         ),
         "batched_step": step_case("tiny-phi-3.5-mini", 3),
+        "batcher": batcher_case(),
     }
     report |= {f"choose {name}": sampling_case(changes, name in ("all", "top_p")) for name, changes in SAMPLING.items()}
     json.dump(report, sys.stdout, indent=1)

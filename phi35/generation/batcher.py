@@ -1,0 +1,379 @@
+"""Continuous batching: requests join and leave a running batch over a paged cache.
+
+Every request gets the text it would get alone. A step serves all running requests; prompts are read in chunks between
+steps, first come first served. A request that crosses to LongRoPE's long factors goes back to reading its whole ids,
+and so does the youngest one when pages run out. On CUDA steps come from graphs of 1, 2, 4, ... rows over one state,
+queued ahead of the host; elsewhere from the plain operations.
+"""
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from phi35.generation.decoding import Decoding
+from phi35.generation.fast_prefill import Prompt, PromptPass, Segment
+from phi35.generation.fast_step import DecodeStep, limit
+from phi35.generation.request_state import RequestState
+from phi35.generation.requests import Emitted, Request
+from phi35.generation.rows import crosses, finish_reason, rope_length
+from phi35.generation.sampling import next_tokens
+from phi35.kernels.operands import StepState
+from phi35.paged_cache import PAGE_SIZE, PagedCache, PagedRows
+from phi35.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+AHEAD = 2
+"""Steps queued beyond the one that is waited for."""
+
+
+class Batcher:
+    """Serves requests, a step at a time; not thread-safe.
+
+    Args:
+        model: a ``phi35.model.CausalLM``, put into evaluation mode.
+        max_rows: most requests that run at a time.
+        max_tokens: tokens that the cache holds for all of them.
+        max_length: most tokens of one request; None takes as many as cache and model allow.
+        chunk_size: most prompt tokens that are read between two steps.
+        tokenizer: needed by stop strings alone.
+        mode: "graphs", "kernels" (without graphs) or "plain"; None takes graphs where the model and its device can.
+
+    Raises:
+        ValueError: for sizes below 1, or "graphs" where they cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_rows: int = 32,
+        max_tokens: int = 65536,
+        max_length: int | None = None,
+        chunk_size: int = 2048,
+        tokenizer: Tokenizer | None = None,
+        mode: str | None = None,
+    ) -> None:
+        for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens), ("chunk_size", chunk_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        self.model, self.config, self.tokenizer = model.eval(), model.config, tokenizer
+        num_pages = -(-max_tokens // PAGE_SIZE)
+        longest = min(self.config.max_position_embeddings, num_pages * PAGE_SIZE)
+        self.max_length = longest if max_length is None else min(max_length, longest)
+        self.chunk_size, self.mode = chunk_size, self._mode(mode)
+        device, vocab = model.device, self.config.vocab_size
+        self.cache = PagedCache(self.config, max_rows, num_pages + 1, self.max_length, device, model.dtype)
+        state = StepState.new(max_rows, vocab, device)
+        self.state = dataclasses.replace(state, lengths=self.cache.lengths, rope_long=self.cache.rope_long)
+        self._requests = RequestState(self.state)
+        self._steps: dict[int, DecodeStep] = {}
+        self._slots: list[Request | None] = [None] * max_rows
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._reading: list[Request] = []
+        self._queue: collections.deque[_Queued] = collections.deque()
+        self._ready: list[Emitted] = []
+        self._count = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def num_active(self) -> int:
+        """Requests that are read or run."""
+        return sum(request is not None for request in self._slots)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.num_waiting or self.num_active or self._queue or self._ready)
+
+    def submit(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        **options: Any,
+    ) -> int:
+        """Add a request.
+
+        Args:
+            input_ids: (T,) or (1, T) int64 without padding.
+            pixel_values: (C, 3, S, S) crops of its images.
+            image_sizes: (N, 2).
+            **options: fields of ``DecodingOptions``.
+
+        Returns:
+            The request's number, by which ``step`` names its tokens.
+
+        Raises:
+            ValueError: for bad arguments, or a prompt that the cache cannot hold.
+        """
+        ids = input_ids[None] if isinstance(input_ids, torch.Tensor) and input_ids.dim() == 1 else input_ids
+        checked = Decoding(self.model, ids, None, pixel_values, image_sizes, tokenizer=self.tokenizer, **options)
+        if len(checked.rows) != 1:
+            raise ValueError(f"submit takes one prompt at a time, got {len(checked.rows)} rows")
+        row = checked.rows[0]
+        if row.prompt_length >= self.max_length:
+            raise ValueError(
+                f"the prompt has {row.prompt_length} tokens and a request of this batcher at most {self.max_length}: "
+                "shorten it, or give the batcher a larger max_tokens or max_length"
+            )
+        request = Request(self._count, row, checked.options, checked.stop_ids)
+        self._count += 1
+        self._waiting.append(request)
+        return request.number
+
+    def cancel(self, number: int) -> bool:
+        """End a request; False if it has ended before or never was."""
+        for request in [*self._waiting, *(one for one in self._slots if one is not None)]:
+            if request.number == number:
+                self._ready.append(Emitted(number, -1, 0.0, "cancelled"))
+                self._end(request, "cancelled")
+                return True
+        return False
+
+    @torch.no_grad()
+    def step(self) -> list[Emitted]:
+        """Read some of the prompts, take a step, and return the tokens that are there by now."""
+        self._admit()
+        worked = self._read()
+        worked = self._advance() or worked
+        while self._queue and not self._ready and (len(self._queue) > AHEAD or not worked):
+            self._collect()
+        emitted, self._ready = self._ready, []
+        return emitted
+
+    def run(self) -> Iterator[Emitted]:
+        """Step until there is nothing left to do."""
+        while not self.idle:
+            yield from self.step()
+
+    def _admit(self) -> None:
+        """Give free rows to those that wait, as long as there are pages for their ids and one more."""
+        while self._waiting and None in self._slots:
+            request = self._waiting[0]
+            wanted = -(-(len(request.row.ids) + 1) // PAGE_SIZE)
+            if wanted > self.cache.num_free and self.num_active:
+                return
+            slot = self._slots.index(None)
+            self._slots[slot] = self._waiting.popleft()
+            request.slot, request.num_read = slot, 0
+            self._reading.append(request)
+
+    def _read(self) -> bool:
+        """Read one chunk of the prompts that are on the way; those that end with it begin to run."""
+        for request in self._running():
+            if crosses(request.row, self.config, request.pending) and not request.pending:
+                self._read_again(request)
+        chunk: list[Segment] = []
+        prompts: list[Prompt] = []
+        readers: list[Request] = []
+        room = self.chunk_size
+        while self._reading and room:
+            request = self._reading[0]
+            part = min(room, len(request.row.ids) - request.num_read)
+            # A request whose part is in the chunk already must not be sent back for the sake of another.
+            assert request.slot is not None
+            end = request.num_read + part
+            if not (self.cache.reserve(request.slot, end) if chunk else self._make_room(request, end)):
+                break
+            whole = request.num_read + part == len(request.row.ids)
+            chunk.append(Segment(len(prompts), request.num_read, part, whole))
+            prompts.append(self._prompt(request))
+            readers.append(request)
+            request.num_read, room = request.num_read + part, room - part
+            if whole:
+                self._reading.pop(0)
+        if not chunk:
+            return False
+        work = PromptPass(self.model, self.cache, prompts, self.mode == "plain")
+        hidden = work.run(chunk)
+        ends = torch.tensor([segment.length for segment in chunk]).cumsum(0).tolist()
+        done = [place for place, segment in enumerate(chunk) if segment.last]
+        if done:
+            self._begin([readers[place] for place in done], work.logits(hidden[[ends[place] - 1 for place in done]]))
+        return True
+
+    def _prompt(self, request: Request) -> Prompt:
+        row = request.row
+        if request.num_read == 0:
+            row.rope_long = self.config.rope_scaling is not None and (
+                rope_length(row, self.config, request.options) > self.config.original_max_position_embeddings
+            )
+        assert request.slot is not None
+        return Prompt(row.ids, row.embeds, request.slot, row.rope_long)
+
+    def _begin(self, requests: list[Request], logits: torch.Tensor) -> None:
+        """Choose the first tokens after prompts that have been read, and let steps serve them."""
+        slots = [request.slot for request in requests if request.slot is not None]
+        for request, slot in zip(requests, slots, strict=True):
+            self.cache.set_stepped(slot, True)
+            request.running = True
+        tokens = None
+        if self.mode == "plain":
+            tokens = self._choose(requests, logits)
+        apart = self._requests.enter(requests, slots, logits, tokens)
+        self._note(requests, slots, apart, tokens)
+
+    def _advance(self) -> bool:
+        """Queue one step for the running requests that want one."""
+        wanting = []
+        for request in self._running():
+            if not request.running:
+                continue  # sent back to make room for an older one
+            ended = request.length - request.row.prompt_length >= request.options.max_new_tokens
+            if ended or request.length >= self.max_length or crosses(request.row, self.config, request.pending):
+                continue
+            if self._make_room(request, request.length):
+                wanting.append(request)
+        wanting = [request for request in wanting if request.running]
+        if not wanting:
+            return False
+        slots = [request.slot for request in wanting if request.slot is not None]
+        step = self._step(max(slots) + 1)
+        tokens = None
+        if self.mode == "plain":
+            step.cache.columns = -(-max(request.length for request in wanting) // PAGE_SIZE)
+            step.run_layers()
+            tokens = self._choose(wanting, step.logits[slots])
+            self._requests.advance(slots, tokens)
+        else:
+            self._requests.draw(wanting, slots)
+            step.run()
+        self._note(wanting, slots, self.state, tokens)
+        return True
+
+    def _choose(self, requests: list[Request], logits: torch.Tensor) -> list[tuple[int, float]]:
+        """The host's choices, and their log-probabilities."""
+        chosen = []
+        for request, row in zip(requests, logits.split(1), strict=True):
+            (token,) = next_tokens(row, request.options, [request.row.seen], [request.row.generator])
+            chosen.append((token, float(row.float().log_softmax(dim=-1)[0, token])))
+        return chosen
+
+    def _note(
+        self, requests: list[Request], slots: list[int], state: StepState, tokens: list[tuple[int, float]] | None
+    ) -> None:
+        """Remember what was given to the device."""
+        event = None
+        if self.model.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        places = list(range(len(slots))) if state is not self.state else slots
+        ring = state.history.shape[0]
+        marks = [(one.length - one.row.prompt_length) % ring for one in requests]
+        self._queue.append(_Queued(list(zip(requests, marks, places, strict=True)), state, event, tokens))
+        for request in requests:
+            request.pending += 1
+
+    def _collect(self) -> None:
+        """Wait for the oldest queued step and hand its tokens out."""
+        queued = self._queue.popleft()
+        if queued.event is not None:
+            queued.event.synchronize()
+        for number, (request, mark, place) in enumerate(queued.rows):
+            request.pending -= 1
+            if request.finished is not None:
+                continue
+            if queued.tokens is not None:
+                token, logprob = queued.tokens[number]
+            else:
+                token = int(queued.state.history[mark, place])
+                logprob = float(queued.state.logprobs[mark, place])
+            row = request.row
+            row.ids.append(token)
+            row.seen.add(token)
+            reason = finish_reason(row, request.options, request.stop_ids, self.max_length)
+            self._ready.append(Emitted(request.number, token, logprob, reason))
+            if reason is not None:
+                self._end(request, reason)
+
+    def _make_room(self, request: Request, num_slots: int) -> bool:
+        """Pages for a request, if need be those of younger ones; False if it was sent back to wait itself."""
+        assert request.slot is not None
+        while not self.cache.reserve(request.slot, num_slots):
+            # What has been queued may end requests, and the youngest needs all of its ids to begin again.
+            while self._queue:
+                self._collect()
+            if request.finished is not None or request.slot is None:
+                return False
+            if self.cache.reserve(request.slot, num_slots):
+                return True
+            youngest = max((one for one in self._slots if one is not None), key=lambda one: one.number)
+            self._send_back(youngest)
+            if youngest is request:
+                return False
+        return True
+
+    def _send_back(self, request: Request) -> None:
+        """Take a request's pages; it waits, first in the line, and its ids will be read again."""
+        self._leave(request)
+        self._waiting.appendleft(request)
+
+    def _read_again(self, request: Request) -> None:
+        """A running request whose keys are to be computed anew, in the same pages."""
+        assert request.slot is not None
+        self.cache.set_stepped(request.slot, False)
+        request.running, request.num_read = False, 0
+        self._reading.insert(0, request)
+
+    def _end(self, request: Request, reason: str) -> None:
+        request.finished = reason
+        if request in self._waiting:
+            self._waiting.remove(request)
+        self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        if request in self._reading:
+            self._reading.remove(request)
+        if request.slot is not None:
+            self.cache.release(request.slot)
+            self._slots[request.slot] = None
+        request.slot, request.running, request.num_read = None, False, 0
+
+    def _running(self) -> list[Request]:
+        """Running requests, the oldest first."""
+        running = [request for request in self._slots if request is not None and request.running]
+        return sorted(running, key=lambda request: request.number)
+
+    def _step(self, num_rows: int) -> DecodeStep:
+        """The step of the smallest power of two rows that holds so many."""
+        count = min(1 << (num_rows - 1).bit_length(), len(self._slots))
+        if count not in self._steps:
+            step = DecodeStep(
+                self.model,
+                PagedRows(self.cache, count),
+                plain=self.mode == "plain",
+                state=self.state.first(count),
+            )
+            if self.mode == "graphs":
+                step.capture()
+            self._steps[count] = step
+        return self._steps[count]
+
+    def _mode(self, mode: str | None) -> str:
+        if mode not in (None, "graphs", "kernels", "plain"):
+            raise ValueError(f"mode must be 'graphs', 'kernels', 'plain' or None, got {mode!r}")
+        reason = limit(self.model) if mode in (None, "graphs") else None
+        if mode == "graphs" and reason is not None:
+            raise ValueError(f"mode='graphs', but the model's step cannot be captured: {reason}")
+        if mode is None and reason is not None and self.model.device.type == "cuda":
+            logger.info("batching without CUDA graphs: %s", reason)
+        return mode or ("plain" if reason is not None else "graphs")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Queued:
+    """What the device was given: requests with the mark and the place of their token in the histories of a state."""
+
+    rows: list[tuple[Request, int, int]]
+    state: StepState
+    event: torch.cuda.Event | None
+    tokens: list[tuple[int, float]] | None
