@@ -105,9 +105,12 @@ def start(device: str | None = None, timeout_seconds: float = 1800.0) -> Environ
 
 
 def stop() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one; a lone process may then start another, at a free port of its own."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+    if os.environ.get("WORLD_SIZE") == "1":
+        for name in LAUNCHER_VARIABLES:
+            os.environ.pop(name, None)
 
 
 def _import_deepspeed() -> Any:
