@@ -263,7 +263,7 @@ def _bytes_at(path: Path, offset: int, size: int) -> bytes:
 
 def _text(content: bytes) -> str:
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise SkippedDocument("bad_utf8", str(error)) from error
 

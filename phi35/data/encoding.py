@@ -80,7 +80,7 @@ class TextEncoder:
             self.kind,
             self.field,
             self.end_of_text,
-            _fingerprint(self.tokenizer.definition),
+            tokenizer_identity(self.tokenizer),
             self.tokenizer.add_bos,
         ]
 
@@ -134,7 +134,7 @@ class ChatEncoder:
     def identity(self) -> list[Any]:
         """Plain data that is equal for encoders that give equal tokens."""
         template = _fingerprint(self.tokenizer.chat_template)
-        return [self.kind, _fingerprint(self.tokenizer.definition), template, self.tokenizer.add_bos]
+        return [self.kind, tokenizer_identity(self.tokenizer), template, self.tokenizer.add_bos]
 
     def _turns(self, record: Record) -> list[dict[str, str]]:
         """The checked turns through the last reply."""
@@ -175,8 +175,14 @@ def _messages(record: Record) -> list[dict[str, Any]]:
     found = []
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if isinstance(content, list) and all(_is_text_part(part) for part in content):
+            content = "".join(part["text"] for part in content)
         found.append({"role": _FOREIGN_ROLES.get(role, role) if isinstance(role, str) else role, "content": content})
     return found
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _check_unicode(text: str) -> None:
@@ -184,6 +190,11 @@ def _check_unicode(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise SkippedDocument("bad_utf8", f"half a surrogate pair, which is no text: {error}") from error
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> str:
+    """Short digest that is equal for tokenizers that give equal ids."""
+    return _fingerprint(tokenizer.definition)
 
 
 def _fingerprint(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from phi35.config import ModelConfig
 from phi35.data.documents import Documents, open_documents
-from phi35.data.encoding import ChatEncoder, TextEncoder
+from phi35.data.encoding import ChatEncoder, TextEncoder, tokenizer_identity
 from phi35.data.prepare import DOCUMENTS_PER_CHUNK, fingerprint, prepare_tokens
 from phi35.data.skips import SkippedDocument
 from phi35.data.source import TextSource
@@ -147,8 +147,9 @@ class _Opener:
     def open(self, source: dict[str, Any], num_tokens: int, row_length: int) -> TokenFiles:
         data = source["data"]
         end_of_text = self.model_config.eos_token_id
+        tokenizer = tokenizer_identity(self.tokenizer)
         if is_token_data(data):
-            return open_tokens(data, end_of_text=end_of_text, verify=self.verify)
+            return open_tokens(data, end_of_text=end_of_text, tokenizer=tokenizer, verify=self.verify)
         documents = open_documents(data)
         if not len(documents):
             raise ValueError(f"data {data!r} holds no document; left out: {dict(documents.left_out)}")
@@ -175,7 +176,7 @@ class _Opener:
             raise problem
         if not is_token_data(folder):
             raise ValueError(f"the first rank could not tokenize {data!r}: its message says why")
-        return open_tokens(folder, end_of_text=end_of_text, verify=self.verify)
+        return open_tokens(folder, end_of_text=end_of_text, tokenizer=tokenizer, verify=self.verify)
 
 
 def build_encoder(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from phi35.data.documents import Documents
+from phi35.data.encoding import tokenizer_identity
 from phi35.data.order import Shuffle
 from phi35.data.skips import SkippedDocument
 from phi35.data.token_files import FORMAT, INDEX_NAME, check_files, sha256
@@ -236,6 +237,7 @@ class _PartWriter:
             "dtype": np.dtype(self.dtype).name,
             "end_token": getattr(encoder, "end", None),
             "identity": identity,
+            "tokenizer": tokenizer_identity(encoder.tokenizer),
             "request": self.request,
             "complete": complete,
             "shuffled": shuffled,

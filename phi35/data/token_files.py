@@ -106,20 +106,23 @@ def is_token_data(data: str | Path) -> bool:
     return (path / INDEX_NAME).is_file() or path.is_file() and path.suffix in (".npy", ".bin", ".idx")
 
 
-def open_tokens(data: str | Path, *, end_of_text: int, verify: bool = False) -> TokenFiles:
+def open_tokens(
+    data: str | Path, *, end_of_text: int, tokenizer: str | None = None, verify: bool = False
+) -> TokenFiles:
     """Opens token files.
 
     Args:
         data: folder with an ``index.json``, a ``.npy`` file, or either file of a ``.bin`` and ``.idx`` pair.
         end_of_text: id behind which the documents of a single ``.npy`` file are cut.
+        tokenizer: identity of the model's (``phi35.data.encoding.tokenizer_identity``), to compare with a folder's.
         verify: compare the folder's SHA-256 sums; sizes are always compared.
 
     Raises:
-        ValueError: for missing, changed or contradictory files.
+        ValueError: for missing, changed or contradictory files, or tokens of another tokenizer.
     """
     path = Path(data)
     if path.is_dir():
-        return _open_folder(path, verify)
+        return _open_folder(path, tokenizer, verify)
     identity = [path.name, path.stat().st_size]
     if path.suffix == ".npy":
         tokens = _load(path, np.integer)
@@ -179,8 +182,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _open_folder(folder: Path, verify: bool) -> TokenFiles:
+def _open_folder(folder: Path, tokenizer: str | None, verify: bool) -> TokenFiles:
     index = check_files(folder, verify)
+    if tokenizer not in (None, index["tokenizer"]):
+        raise ValueError(
+            f"token folder {str(folder)!r} was prepared with another tokenizer than the model's: prepare the data "
+            "again, with --model naming the model that is trained"
+        )
     parts = []
     for part in index["parts"]:
         name = part["name"]

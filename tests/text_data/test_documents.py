@@ -164,6 +164,12 @@ def test_commands_and_urls_are_refused(data):
         open_documents(data)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "one"}\r\n{"text": "two"}\r\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
+    assert read_all(open_documents(tmp_path)) == [{"text": "one"}, {"text": "two"}, "three"]
+
+
 def test_bytes_that_are_no_text_are_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     assert read_all(open_documents(tmp_path)) == ["bad_utf8"]

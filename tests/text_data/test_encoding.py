@@ -78,6 +78,17 @@ def test_sharegpt_turns_are_the_same_chat(tokenizer):
     assert one.ids.tolist() == other.ids.tolist() and one.trained.tolist() == other.trained.tolist()
 
 
+def test_parts_of_text_are_joined(tokenizer):
+    encoder = ChatEncoder(tokenizer)
+    parts = {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}
+    record = {"messages": [parts, {"role": "assistant", "content": "Hello"}]}
+    assert encoder(record).ids.tolist() == encoder(chat("Hi", "Hello")).ids.tolist()
+    parts["content"].append({"type": "image"})
+    with pytest.raises(SkippedDocument) as error:
+        encoder(record)
+    assert error.value.reason == "bad_messages"
+
+
 def test_turns_behind_the_last_reply_are_left_out(tokenizer):
     encoder = ChatEncoder(tokenizer)
     assert encoder(chat("Hi", "Hello", "Bye")).ids.tolist() == encoder(chat("Hi", "Hello")).ids.tolist()

@@ -8,7 +8,7 @@ import pytest
 from text_data import chat, small_processor, write_lines
 
 from phi35.data.documents import open_documents
-from phi35.data.encoding import ChatEncoder, TextEncoder
+from phi35.data.encoding import ChatEncoder, TextEncoder, tokenizer_identity
 from phi35.data.prepare import prepare_tokens
 from phi35.data.token_files import check_files, is_token_data, open_tokens
 
@@ -149,6 +149,14 @@ def test_offsets_that_contradict_the_tokens_are_refused(offsets):
 
     with pytest.raises(ValueError, match="do not ascend"):
         TokenFiles([TokenPart(np.arange(6), np.array(offsets, dtype=np.int64))])
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path):
+    prepared(tmp_path)
+    mine = tokenizer_identity(small_processor().tokenizer)
+    assert len(open_tokens(tmp_path / "tokens", end_of_text=EOT, tokenizer=mine)) == 9
+    with pytest.raises(ValueError, match="prepared with another tokenizer"):
+        open_tokens(tmp_path / "tokens", end_of_text=EOT, tokenizer="of another model")
 
 
 def test_only_finished_folders_count(tmp_path):
