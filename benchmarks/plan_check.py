@@ -12,6 +12,7 @@ last, one JSON line; the status is 1 where a plan misses by more than ``--tolera
 import argparse
 import gc
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -106,7 +107,9 @@ def main() -> int:
 def apart(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The same in a fresh process."""
     command = [sys.executable, __file__, "--cases", name, "--tolerance", "1e9"] + ["--tiny"] * arguments.tiny
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    # Not this process's rank and port, which are taken.
+    own = {name: value for name, value in os.environ.items() if name not in environment.LAUNCHER_VARIABLES}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=own)
     if done.returncode:
         return {"case": name, "error": f"exit {done.returncode}: " + " | ".join(done.stderr.strip().splitlines()[-5:])}
     return json.loads(done.stdout.splitlines()[-1])["cases"][0]
