@@ -2,6 +2,7 @@
 
 python scripts/export_checkpoint.py runs/train_moe exported            # newest checkpoint of a run
 python scripts/export_checkpoint.py runs/train_moe/checkpoints/step-00000080 exported --dtype bfloat16
+python scripts/export_checkpoint.py runs/train_moe exported --average  # the moving average of its weights (ema_decay)
 """
 
 import argparse
@@ -17,9 +18,16 @@ def main() -> int:
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default the run's")
     parser.add_argument("--processor", help="folder with the tokenizer, where the run's is elsewhere now")
+    parser.add_argument("--average", action="store_true", help="the moving average in place of the weights")
     options = parser.parse_args()
     try:
-        folder = export(options.checkpoint, options.output, dtype=options.dtype, processor_folder=options.processor)
+        folder = export(
+            options.checkpoint,
+            options.output,
+            dtype=options.dtype,
+            processor_folder=options.processor,
+            average=options.average,
+        )
     except ValueError as error:
         print(f"error: {error}")
         return 2

@@ -18,7 +18,7 @@ from phi35.training.checkpoint_files import CheckpointReader
 from phi35.training.console import warn
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
-from phi35.training.optimizer_state import PARAMETER, OptimizerState
+from phi35.training.optimizer_state import AVERAGE, PARAMETER, OptimizerState
 from phi35.training.random_state import restore_random_state, seed_everything
 
 
@@ -122,6 +122,12 @@ def load_optimizer(engine: Engine, reader: CheckpointReader) -> None:
             if reader.has(kind, name):
                 optimizer.write(parameter, kind, _read(reader, kind, name, parameter))
     optimizer.finish()
+    if engine.average is not None:
+        engine.average.restart()  # where the checkpoint has none
+        engine.average.num_updates = int(reader.trainer.get("average_updates", 0))
+        for name, parameter in engine.model.named_parameters():
+            if parameter.requires_grad and reader.has(AVERAGE, name):
+                optimizer.write(parameter, AVERAGE, _read(reader, AVERAGE, name, parameter))
 
 
 def restore(engine: Engine, reader: CheckpointReader) -> None:

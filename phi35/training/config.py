@@ -89,6 +89,7 @@ class TrainingConfig:
         wandb_options: keyword arguments of ``wandb.init`` (project, name, mode: offline, ...).
         peak_flops: a device's peak per second for MFU; None takes that of ``phi35.training.flops`` by its name.
         export: write the final model in Hugging Face form to ``<output_dir>/model``.
+        export_average: write the average of the weights (``ema_decay``) there instead.
     """
 
     model: str = "tiny-phi-3.5-mini"
@@ -149,6 +150,7 @@ class TrainingConfig:
     wandb_options: dict[str, Any] = field(default_factory=dict)
     peak_flops: float | None = None
     export: bool = True
+    export_average: bool = False
 
     def __post_init__(self) -> None:
         for name in ("freeze", "adam_betas", "trackers"):

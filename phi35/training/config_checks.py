@@ -99,6 +99,10 @@ def _number_problems(config: "TrainingConfig") -> Iterator[str]:
     for name in at_least_zero.split():
         if getattr(config, name) < 0:
             yield f"{name} must not be negative, got {getattr(config, name)}"
+    if not 0 <= config.ema_decay < 1:
+        yield f"ema_decay must lie in [0, 1), got {config.ema_decay}"
+    if config.export_average and not config.ema_decay:
+        yield "export_average needs an average: set ema_decay"
     if config.sequence_length < 2:
         yield "sequence_length must be at least 2: each token predicts the next"
     if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):

@@ -11,6 +11,7 @@ from torch import distributed, nn
 from phi35.outputs import CausalLMOutput
 from phi35.registry import resolve
 from phi35.training.acceleration import accelerate, fast_attention
+from phi35.training.average import WeightAverage
 from phi35.training.config import TrainingConfig
 from phi35.training.deepspeed_config import handed_over, merge, to_deepspeed
 from phi35.training.environment import Environment
@@ -55,6 +56,7 @@ class Engine:
 
     Attributes:
         learning_rates: present rate of every part of the model that is trained.
+        average: of the weights, where the config asks for one.
 
     Raises:
         ValueError: if the DeepSpeed file contradicts the config.
@@ -98,6 +100,11 @@ class Engine:
             self._guard = UpdateGuard(optimizer, self._trained, config.gradient_clipping, global_gradient_norm)
             self.deepspeed.zero_grad = self._zero_grad
             self.deepspeed.enable_backward_allreduce = False  # it would copy every gradient twice
+        self.average: WeightAverage | None = None
+        if config.ema_decay:
+            assert config.zero_stage is not None
+            pieces = pieces_of(self.optimizer, config.zero_stage, optimizer)
+            self.average = WeightAverage(pieces, self.optimizer, config.zero_stage, optimizer, config.ema_decay)
         self._peaks = part_rates(model, config)
         self.learning_rates = dict(self._peaks)
         self.balancer = BiasBalancer(model, config.router_bias_update_rate, environment.world_size)
@@ -160,6 +167,8 @@ class Engine:
             outputs.append(_detached(output))
         assert total is not None
         norm = self._gradient_norm()
+        if self.average is not None:
+            self.average.update()
         self.balancer.update(outputs, [batch.get("attention_mask") for batch in batches], is_applied(norm))
         return StepResult(total, auxiliary, norm, outputs)
 

@@ -18,7 +18,7 @@ from phi35.processor import Processor
 from phi35.training.build import build_processor
 from phi35.training.checkpoint import check_fit, model_config_from_dict
 from phi35.training.checkpoint_files import CheckpointReader, complete_checkpoints
-from phi35.training.optimizer_state import PARAMETER
+from phi35.training.optimizer_state import AVERAGE, PARAMETER
 
 SELECTION_BIAS_FILE = "router_selection_bias.json"
 """Beside an exported model that was trained with one: a list per sparse layer of a number per expert."""
@@ -32,6 +32,7 @@ def export(
     processor_folder: str | Path | None = None,
     dtype: str | None = None,
     verify: bool = True,
+    average: bool = False,
 ) -> Path:
     """Writes the model of a training checkpoint as config.json, safetensors and tokenizer.
 
@@ -42,12 +43,13 @@ def export(
         processor_folder: where to read them in place of ``processor``; by default as the run did.
         dtype: "float32" or "bfloat16"; by default that of the run.
         verify: compare the checkpoint's files with its SHA-256 manifest first.
+        average: take the moving average of the weights in place of the weights; frozen parameters have none.
 
     Returns:
         The output folder.
 
     Raises:
-        ValueError: if there is no complete checkpoint, or it is damaged, or the disk has no room.
+        ValueError: if there is no complete checkpoint, or it is damaged or without average, or the disk has no room.
     """
     from phi35.training.config import TrainingConfig
 
@@ -60,7 +62,9 @@ def export(
         processor = build_processor(config, model_config)
     target, stored_as = Path(output), getattr(torch, dtype or config.dtype)
     check_target(reader.folder, target)
-    tensors = _TrainedTensors(reader, model_config, stored_as).deferred()
+    if average and not reader.names(AVERAGE):
+        raise ValueError(f"{str(reader.folder)!r} holds no average of the weights: the run had ema_decay=0")
+    tensors = _TrainedTensors(reader, model_config, stored_as, average).deferred()
     check_space(target, checkpoint_bytes(tensors))
     write_weights(target, tensors)
     write_json(target / "config.json", to_hf_dict(model_config, stored_as))
@@ -81,8 +85,8 @@ class _TrainedTensors:
         ValueError: if the checkpoint does not fit its config, with all that is missing, unknown or misshapen.
     """
 
-    def __init__(self, reader: CheckpointReader, config: ModelConfig, dtype: torch.dtype) -> None:
-        self.reader, self.dtype = reader, dtype
+    def __init__(self, reader: CheckpointReader, config: ModelConfig, dtype: torch.dtype, average: bool) -> None:
+        self.reader, self.dtype, self.average = reader, dtype, average
         self.plan = CheckpointPlan(config)
         check_fit(reader, self.plan.shapes)
         self._last: tuple[tuple[str, int | None], torch.Tensor] | None = None
@@ -102,7 +106,8 @@ class _TrainedTensors:
             self._last = None  # its memory first
             name, index = key
             one = {} if index is None else {"offset": index, "rows": 1}
-            read = self.reader.read(PARAMETER, name, **one).to(self.dtype)
+            kind = AVERAGE if self.average and self.reader.has(AVERAGE, name) else PARAMETER
+            read = self.reader.read(kind, name, **one).to(self.dtype)
             self._last = (key, read if index is None else read[0])
         return dataclasses.replace(placement, index=None).view(self._last[1])
 

@@ -77,6 +77,7 @@ def pieces_of(zero: Any, stage: int, base: torch.optim.Optimizer) -> dict[nn.Par
 def refresh_weights(zero: Any, stage: int, base: torch.optim.Optimizer) -> None:
     """Makes the model's weights again from the float32 values, after those were changed; collective."""
     if stage == 3:
+        zero._partition_all_parameters()  # lets go of what is gathered, small parameters for good among them
         for sub_group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(sub_group)
         if zero.persistent_parameters:
@@ -96,7 +97,7 @@ def _values_of(base: Any, parameter: nn.Parameter) -> torch.Tensor:
     """What the optimizer updates of a parameter at stage 0: its master, or itself."""
     if hasattr(base, "masters"):
         return base.masters[parameter]
-    return base.value(parameter) if hasattr(base, "value") else parameter
+    return base.state[parameter].get("master", parameter) if hasattr(base, "state_dtype") else parameter
 
 
 def _stage_1_2(zero: Any) -> Any:

@@ -20,6 +20,7 @@ from phi35.training.optimizers import MOMENTUM, MuonWithAdamW, OverMasters
 from phi35.training.quantized_moments import QuantizedMoments
 
 PARAMETER, FIRST_MOMENT, SECOND_MOMENT = "parameter", "exp_avg", "exp_avg_sq"
+AVERAGE = "average"
 MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
 
 
@@ -63,17 +64,18 @@ class OptimizerState:
 
     def kinds_of(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """Everything that a checkpoint holds of a parameter."""
-        if not parameter.requires_grad or not self.num_steps:
+        if not parameter.requires_grad:
             return (PARAMETER,)
-        return (PARAMETER, *self.moments_of(parameter))
+        average = (AVERAGE,) if self.engine.average is not None else ()
+        return (PARAMETER, *average, *(self.moments_of(parameter) if self.num_steps else ()))
 
     @torch.no_grad()
     def read(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-        """The master weights or a moment of a parameter, float32, on whatever device they lie.
+        """The master weights, their average or a moment of a parameter, float32, on whatever device they lie.
 
         Args:
             parameter: of the engine's model; frozen ones have a value but no moments.
-            kind: PARAMETER, or one of ``moments_of``.
+            kind: one of ``kinds_of``.
         """
         if not parameter.requires_grad:
             assert kind == PARAMETER, "frozen parameters have no moments"
@@ -81,6 +83,9 @@ class OptimizerState:
         piece = self.pieces[parameter]
         if kind == PARAMETER:
             part = piece.slice(piece.flat.detach())
+        elif kind == AVERAGE:
+            assert self.engine.average is not None
+            part = self.engine.average.value_of(piece)
         elif self.quantized is not None:
             part = self.quantized.read(piece, kind)
         else:
@@ -111,7 +116,7 @@ class OptimizerState:
 
         Args:
             parameter: of the engine's model.
-            kind: PARAMETER, or one of ``moments_of`` (after ``allocate_moments``).
+            kind: PARAMETER, AVERAGE, or one of ``moments_of`` (after ``allocate_moments``).
             value: float32, of the parameter's whole shape on this rank.
         """
         piece = self.pieces[parameter]
@@ -120,6 +125,9 @@ class OptimizerState:
             piece.slice(piece.flat.detach()).copy_(part)
             if self.stage == 0 and piece.flat is not parameter:
                 parameter.copy_(value)
+        elif kind == AVERAGE:
+            assert self.engine.average is not None
+            self.engine.average.value_of(piece).copy_(part)
         elif self.quantized is not None:
             self.quantized.write(piece, kind, part)
         else:

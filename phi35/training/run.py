@@ -209,7 +209,7 @@ def _finish(config: TrainingConfig, processor: Any, metrics: Metrics, folder: Pa
         written["experts"] = metrics.heat_map_path
     if config.export:
         written["model"] = folder / "model"
-        export(last, written["model"], processor=processor, verify=False)
+        export(last, written["model"], processor=processor, verify=False, average=config.export_average)
     losses = [line["loss"] for line in history if line["loss"] is not None] or [float("nan")]
     later = history[len(history) // 2 :]
     summary = RunSummary(

@@ -90,6 +90,8 @@ class CheckpointSaver:
         optimizer = OptimizerState(self.engine)
         world_size = self.environment.world_size
         trainer = {**state, "step": step, "optimizer_steps": optimizer.num_steps, "world_size": world_size}
+        if self.engine.average is not None:
+            trainer["average_updates"] = self.engine.average.num_updates
         writing = _Writing(folder, step, json.dumps(trainer, indent=1))
         self._in_flight = writing
         writing.writer = self._copy(writing, optimizer)

@@ -5,8 +5,7 @@ import shutil
 import pytest
 import torch
 from distributed import RankError, run_distributed
-
-from phi35.training.checkpoint_files import CheckpointReader
+from training_runs import settings, tensors_of, text_files, train_and_read
 
 STILL = {"router_type": "topk", "router_jitter_noise": 0.0, "input_jitter_noise": 0.0}
 MOE = {"model": "tiny-phi-3.5-moe", "router_aux_loss_coef": 0.0, "model_overrides": STILL}
@@ -15,42 +14,7 @@ NOISY = {"model_overrides": {"resid_pdrop": 0.1, "embd_pdrop": 0.1}}
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(4):
-        lines = [f"value_{number}_{line} = compute({line * 7 % 13})" for line in range(40)]
-        (folder / f"file_{number}.py").write_text("\n".join(lines))
-    return str(folder)
-
-
-def settings(text_folder, output, **changes):
-    base = {
-        "model": "tiny-phi-3.5-mini",
-        "data": text_folder,
-        "sequence_length": 16,
-        "global_batch_size": 4,
-        "max_steps": 6,
-        "warmup_steps": 2,
-        "adam_epsilon": 1e-4,
-        "output_dir": str(output),
-        "export": False,
-        "keep_last": 0,
-        "save_interval": 3,
-        "trackers": [],
-    }
-    return {**base, **changes}
-
-
-def train_and_read(rank, world_size, values):
-    from phi35.training.config import TrainingConfig
-    from phi35.training.run import train
-
-    summary = train(TrainingConfig(**values), device="cpu")
-    return None if summary is None else {line["step"]: line["loss"].hex() for line in summary.history}
-
-
-def tensors_of(folder):
-    reader = CheckpointReader(folder)
-    return {(kind, name): reader.read(kind, name) for kind, name in reader._pieces}
+    return text_files(tmp_path_factory.mktemp("data"))
 
 
 CASES = {
