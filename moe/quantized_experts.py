@@ -9,7 +9,7 @@ import torch
 from moe.experts import ACTIVATIONS, combine, sort_by_expert
 from phi35.quantization.codes import QuantizedTensor
 from phi35.quantization.config import WeightFormat
-from phi35.quantization.linear import quantized_linear
+from phi35.quantization.linear import kernels_take, quantized_linear
 from phi35.quantization.modules import FewBitModule
 
 
@@ -37,14 +37,18 @@ class QuantizedExperts(FewBitModule):
         self, hidden_states: torch.Tensor, expert_indices: torch.Tensor, expert_weights: torch.Tensor
     ) -> torch.Tensor:
         """Weighted sum of each token's experts: (N, D) from (N, D), (N, k) and (N, k), as ``Experts.forward``."""
-        return loop(
-            hidden_states,
-            expert_indices,
-            expert_weights,
-            self.held("gate_up_proj"),
-            self.held("down_proj"),
-            self.hidden_act,
-        )
+        given = (hidden_states, expert_indices, expert_weights)
+        weights = (self.held("gate_up_proj"), self.held("down_proj"))
+        if not (torch.is_grad_enabled() and hidden_states.requires_grad) and _kernels_take(hidden_states, weights[0]):
+            from moe.kernels import quantized
+
+            return quantized.run_experts(*given, *weights, self.hidden_act)
+        return loop(*given, *weights, self.hidden_act)
+
+
+def _kernels_take(hidden_states: torch.Tensor, weight: QuantizedTensor) -> bool:
+    # Matrix units would round float32 activations.
+    return hidden_states.dtype != torch.float32 and kernels_take(hidden_states, weight)
 
 
 def loop(

@@ -18,6 +18,8 @@ SLOTS = {
     "presets.vision": "vision.presets:PRESETS",
     "experts.backend_report": "moe.experts:backend_report",
     "decoding.sparse": "moe.kernels.decode_step:add_sparse_feed_forward",
+    "decoding.few_bit_sparse": "moe.kernels.quantized_step:add_sparse_feed_forward",
+    "decoding.few_bit_sparse_limit": "moe.kernels.quantized_step:limit",
     "decoding.sparse_limit": "moe.kernels.decode_step:limit",
     "upcycling.run": "moe.upcycling:upcycle",
     "upcycling.options": "moe.upcycling:UpcyclingOptions",

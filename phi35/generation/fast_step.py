@@ -17,6 +17,7 @@ from phi35.kernels.operands import Rope, StepState, norm_of
 from phi35.kernels.operations import BatchOperations, PlainOperations, VectorOperations
 from phi35.kernels.tuning import DEFAULT, StepTuning
 from phi35.norm import RMSNorm
+from phi35.registry import resolve
 
 
 class CannotCaptureError(RuntimeError):
@@ -139,6 +140,9 @@ class DecodeStep:
         if self.cache.batch_size > 1:
             return BatchOperations(act, window, cache, heads, tuning)
         pdl = availability.has_programmatic_launch(self.model.device) if pdl is None else pdl
+        if self.config.quantization is not None:
+            make = resolve("phi35.quantization.kernels.operations:FewBitOperations")
+            return make(act, window, cache, heads, tuning, pdl)
         return VectorOperations(act, window, cache, heads, tuning, pdl)
 
 

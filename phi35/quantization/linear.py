@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from phi35.kernels import availability
 from phi35.quantization.codes import QuantizedTensor, dequantize
 from phi35.quantization.cpu import native
 
@@ -60,7 +61,25 @@ def product(hidden_states: torch.Tensor, weight: QuantizedTensor, bias: torch.Te
     """(N, columns) times a quantized weight (rows, columns), without gradients."""
     if hidden_states.shape[0] <= native.MAX_TOKENS and native.takes(hidden_states.dtype, weight):
         return native.product(hidden_states, weight, bias)
+    if kernels_take(hidden_states, weight):
+        from phi35.quantization.kernels import ops
+
+        return ops.product(hidden_states, weight, bias)
     return plain_product(hidden_states, weight, bias)
+
+
+def kernels_take(hidden_states: torch.Tensor, weight: QuantizedTensor) -> bool:
+    """Whether the GPU's kernels run these tensors."""
+    device, known = hidden_states.device, hidden_states.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return known and device.type == "cuda" and weight.codes.device == device and _gpu_missing(device) is None
+
+
+def _gpu_missing(device: torch.device) -> str | None:
+    return availability.missing(device)
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler (3 s).
+_gpu_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def plain_product(

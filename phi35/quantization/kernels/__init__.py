@@ -1,0 +1,1 @@
+"""Triton kernels for weights in few bits. Import the modules only where Triton is installed."""
