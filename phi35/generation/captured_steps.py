@@ -8,6 +8,7 @@ the others take their step), where the cache must grow, and where half of the ro
 
 import collections
 import dataclasses
+import functools
 import logging
 from typing import Any
 
@@ -67,8 +68,13 @@ def steps_for(model: Any, options: Any, rows: list[Row]) -> "PlainSteps | Captur
     if options.fast:
         raise ValueError(f"fast=True, but the model's step cannot be captured in a CUDA graph: {reason}")
     if model.device.type == "cuda":
-        logger.info("decoding without a CUDA graph: %s", reason)
+        _say_once(reason)
     return PlainSteps(model, options, rows)
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.warning("decoding without a CUDA graph, which is several times slower: %s", reason)
 
 
 class CapturedSteps:
