@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from phi35.training import checkpoint_files as files
+from phi35.training.console import warn
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
 from phi35.training.optimizer_state import OptimizerState
@@ -179,13 +180,21 @@ class CheckpointSaver:
         described = {name: entry for _, rank_files, _ in gathered for name, entry in rank_files.items()}
         try:
             files.commit(writing.folder, writing.step, trainer=writing.trainer, pieces=pieces, files=described)
-            removed = [files.hide(old) for old in files.outdated(self.root, self.keep_last, self.keep_every)]
         except OSError as error:
             return [str(error)]
+        self._remove_outdated()
+        return []
+
+    def _remove_outdated(self) -> None:
+        removed = []
+        try:
+            for old in files.outdated(self.root, self.keep_last, self.keep_every):
+                removed.append(files.hide(old))
+        except OSError as error:
+            warn(f"an outdated checkpoint stays: {error}")
         if removed:
             self._removal = threading.Thread(target=_remove, args=(removed,), name="checkpoint-removal")
             self._removal.start()
-        return []
 
     def _message(self, step: int, problems: list[str]) -> str:
         found = files.complete_checkpoints(self.root)

@@ -95,13 +95,14 @@ class TensorWriter:
         if self._buffer is not None and self._filled + size > self._buffer.numel():
             self._seal()
         if self._buffer is None:
-            self._buffer = self.buffers.take(max(size, min(BYTES_PER_FILE, self._expected)) + _ALIGNMENT)
+            # Never a little over BYTES_PER_FILE: torch rounds pinned memory up to a power of two.
+            self._buffer = self.buffers.take(max(size, min(BYTES_PER_FILE, self._expected)))
         part = self._buffer[self._filled : self._filled + size]
         view = part.view(tensor.dtype).view(tensor.shape)
         view.copy_(tensor, non_blocking=self.buffers.pinned)
         self._views[f"{kind}.{name}"] = view
         self._filled += -(-size // _ALIGNMENT) * _ALIGNMENT
-        self._expected = max(0, self._expected - size - _ALIGNMENT)
+        self._expected = max(0, self._expected - size)
         piece = {"kind": kind, "name": name, "shape": whole, "offset": offset, "rows": list(tensor.shape)[:1]}
         self.pieces.append({**piece, "file": self._file_name()})
 

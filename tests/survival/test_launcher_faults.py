@@ -120,13 +120,14 @@ def test_a_signal_anywhere_saves_and_leaves_no_process(shards, tmp_path, fault_r
 
 
 DYING = """
-import os, sys, signal
+import os, sys, signal, time
 sys.path.insert(0, {root!r})
 from phi35.training.engine import Engine
 step, calls = Engine.step, []
 def told_step(self, *arguments):
     calls.append(1)
     if len(calls) == 4 and os.environ["RANK"] == "1":
+        time.sleep(4)  # until the processes have been looked at
         {action}
     return step(self, *arguments)
 Engine.step = told_step
@@ -140,7 +141,7 @@ sys.exit(run({{"model": "tiny-phi-3.5-moe", "data": "stdlib"}}))
     [
         ("raise KeyError('the cause of it all')", "rank 1 failed:\nTraceback"),
         ("os.kill(os.getpid(), signal.SIGKILL)", ""),
-        ("import time; time.sleep(1000)", "rank 1 hangs: no progress for 10 s"),
+        ("time.sleep(1000)", "rank 1 hangs: no progress for 10 s"),
     ],
     ids=["error", "SIGKILL", "hang"],
 )
