@@ -9,7 +9,7 @@ torch's attention runs sample by sample. Padding behind a row's last sample atte
 import functools
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch.nn import functional as F
 
 IGNORED_LABEL = -100
+
+Kernel = Callable[[tuple[torch.Tensor, ...], torch.Tensor, int, int | None], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class PackedRows:
         all_offsets: (N + 1,) int32 on the device: where each segment begins, and the end, which is repeated until N
             is a power of two.
         longest: length of the longest segment.
+        kernel: attends to all samples at once, on CUDA; looked up here, outside of compiled layers.
     """
 
     length: int
@@ -37,6 +40,7 @@ class PackedRows:
     segments: tuple[int, ...]
     all_offsets: torch.Tensor
     longest: int
+    kernel: Kernel | None = None
 
     @property
     def offsets(self) -> torch.Tensor:
@@ -105,6 +109,7 @@ def packed_rows(sequence_lengths: torch.Tensor, batch: int, length: int, device:
         segments=tuple(segments),
         all_offsets=offsets.to(device, non_blocking=True),
         longest=max(segments),
+        kernel=_one_kernel() if device.type == "cuda" else None,
     )
 
 
@@ -131,17 +136,17 @@ def attend_packed(
     """
     batch = queries.shape[0]
     flat = tuple(tensor.transpose(1, 2).flatten(0, 1) for tensor in (queries, keys, values))  # (B T, heads, d)
-    one_kernel = queries.device.type == "cuda" and queries.dtype in (torch.float16, torch.bfloat16) and not dropout
+    kernel = rows.kernel if queries.dtype in (torch.float16, torch.bfloat16) and not dropout else None
     if torch.compiler.is_compiling():
-        if not one_kernel:
+        if kernel is None:
             raise ValueError(
                 "compiled layers take packed rows on a GPU in 16 bit, without attention_dropout: set compile=false, "
                 "or data_options.mask_documents=false"
             )
         # A bound that no batch changes, and one of few numbers of segments: else every batch would compile anew.
-        attended = _flash(flat, rows.all_offsets, rows.length, window)
-    elif one_kernel:
-        attended = _flash(flat, rows.offsets, rows.longest, window)
+        attended = kernel(flat, rows.all_offsets, rows.length, window)
+    elif kernel is not None:
+        attended = kernel(flat, rows.offsets, rows.longest, window)
     else:
         attended = _one_by_one(flat, rows.segments, window, dropout)
     return attended.unflatten(0, (batch, rows.length)).transpose(1, 2)
@@ -162,33 +167,24 @@ def ignore_first_tokens(labels: torch.Tensor, sequence_lengths: torch.Tensor) ->
     return labels.flatten().index_fill(0, index, IGNORED_LABEL).view_as(labels)
 
 
-def _flash(flat: tuple[torch.Tensor, ...], offsets: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:
-    """All samples by one kernel."""
-    attention, options = _varlen_attention()
-    queries, keys, values = flat
-    if "enable_gqa" in options:
-        extra: dict[str, Any] = {"enable_gqa": queries.shape[1] != keys.shape[1]}
-    else:
-        extra = {}  # takes fewer keys than queries as they come
-    left = -1 if window is None or window >= longest else window - 1
-    return attention(
-        queries,
-        keys,
-        values,
-        offsets,
-        offsets,
-        longest,
-        longest,
-        window_size=(left, 0),
-        **extra,
-    )
-
-
 @functools.cache
-def _varlen_attention() -> tuple[Any, frozenset[str]]:
-    from torch.nn.attention.varlen import varlen_attn
+def _one_kernel() -> Kernel:
+    """Flash attention of all samples; takes (queries, keys, values) (B T, heads, d), offsets, longest and window."""
+    from torch.nn.attention import varlen
 
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+    varlen_attn: Any = varlen.varlen_attn  # its arguments differ between releases
+    has_flag = "enable_gqa" in inspect.signature(varlen_attn).parameters  # else fewer keys are taken as they come
+
+    def attend(flat: tuple[torch.Tensor, ...], offsets: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:
+        queries, keys, values = flat
+        extra: dict[str, Any] = {"enable_gqa": queries.shape[1] != keys.shape[1]} if has_flag else {}
+        left = -1 if window is None or window >= longest else window - 1
+        attended: torch.Tensor = varlen_attn(
+            queries, keys, values, offsets, offsets, longest, longest, window_size=(left, 0), **extra
+        )
+        return attended
+
+    return attend
 
 
 def _one_by_one(

@@ -7,6 +7,7 @@ from tiny_configs import longrope_config
 from phi35 import presets
 from phi35.loading import create
 from phi35.model import CausalLM
+from phi35.packed_attention import PackedRows, _one_kernel, attend_packed
 
 ROWS = ((5, 40, 1, 32), (33, 2, 17))
 """Lengths of two rows' samples: the original length is 32, so that 40 and 33 take the long factors."""
@@ -164,6 +165,38 @@ def test_compiled_layers_refuse_what_they_would_compile_anew_for_every_batch():
         model(ids, sequence_lengths=lengths)
     whole = torch.full((len(ids), 1), LENGTH)
     assert torch.equal(model(ids, sequence_lengths=whole).logits, built().train()(ids).logits)
+
+
+@pytest.mark.parametrize("kv_heads, window", [(8, None), (2, None), (8, 50)])
+def test_compiled_layers_take_other_packings_without_compiling_anew(kv_heads, window):
+    """The GPU's form is traced on tensors without memory: any machine can see the graph, none needs to run it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend_packed, backend=keep, fullgraph=True, dynamic=False)
+    with FakeTensorMode(), torch.no_grad():
+        tensors = [
+            torch.empty(2, heads, 256, 96, device="cuda", dtype=torch.bfloat16) for heads in (8, kv_heads, kv_heads)
+        ]
+        for samples in (((256,), (100, 156)), ((7, 8, 9), (250,)), ((200, 56), (1,) * 5)):
+            segments = tuple(size for row in samples for size in (*row, 256 - sum(row)) if size)
+            rows = PackedRows(
+                length=256,
+                samples=samples,
+                segments=segments,
+                all_offsets=torch.empty(9, device="cuda", dtype=torch.int32),
+                longest=max(segments),
+                kernel=_one_kernel(),
+            )
+            attended = compiled(*tensors, rows, window)
+            assert attended.shape == (2, 8, 256, 96) and attended.device.type == "cuda"
+    assert len(graphs) == 1 and any("_varlen_attn" in target for target in graphs[0])
 
 
 def test_a_row_may_be_all_padding():
