@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from phi35 import interop as interop
     from phi35.api import Answer as Answer
     from phi35.api import generate as generate
     from phi35.config import ModelConfig as ModelConfig
@@ -39,6 +40,8 @@ __all__ = [*_EXPORTS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "interop":
+        return importlib.import_module("phi35.interop")
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'phi35' has no attribute {name!r}")
