@@ -110,11 +110,11 @@ def replayed(call: Callable[[], object], rounds: int = 7) -> float:
     return statistics.median(times)
 
 
-def compile_all(names: list[tuple[str, str]]) -> None:
+def compile_all(names: list[tuple[str, str]], compile_one: Callable[[tuple[str, str]], str] | None = None) -> None:
     """Compile in processes of their own, side by side; the results lie in Triton's cache then."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(12, len(names))) as pool:
-        for problem in pool.imap_unordered(compile_case, names):
+        for problem in pool.imap_unordered(compile_one or compile_case, names):
             if problem:
                 print(problem, flush=True)
 

@@ -1,0 +1,223 @@
+"""The CPU's part of ``quantize.py``: whole models step by step in turns, and the kernels alone."""
+
+import ctypes
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers_peer
+
+import phi35
+from phi35 import presets
+from phi35.quantization.codes import QuantizedTensor, round_to_nearest
+from phi35.quantization.config import QuantizationConfig, WeightFormat
+from phi35.quantization.cpu import native
+
+LAYERS = 8
+PROMPT = 16
+
+READ = """
+#include <stddef.h>
+#include <stdint.h>
+uint64_t read_all(const uint64_t *p, size_t n, int threads) {
+    uint64_t total = 0;
+#pragma omp parallel for simd num_threads(threads) reduction(^ : total) schedule(static)
+    for (size_t i = 0; i < n; i++) total ^= p[i];
+    return total;
+}
+"""
+
+Step = Callable[[], object]
+
+
+def measure(small: bool, rounds: int) -> dict[str, Any]:
+    """Kernels, then whole models, with one thread and with two."""
+    found: dict[str, Any] = {"kernel": native.missing() or native.best_variant(), "threads": {}}
+    print(f"CPU kernel: {found['kernel']}", flush=True)
+    before = torch.get_num_threads()
+    sides = build(small)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found["threads"][threads] = {"kernels": kernels(small, rounds), "models": models(sides, small, rounds)}
+    finally:
+        torch.set_num_threads(before)
+    report(found)
+    return found
+
+
+def reader() -> Callable[[torch.Tensor], None]:
+    """Reads a tensor once on torch's threads, with the widest instructions the compiler finds."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise SystemExit("no C compiler (cc) on the PATH: the bound is measured by a plain read in C")
+    folder = Path(tempfile.mkdtemp())
+    (folder / "read.c").write_text(READ)
+    flags = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
+    subprocess.run([compiler, *flags, str(folder / "read.c"), "-o", str(folder / "read.so")], check=True)
+    library = ctypes.CDLL(str(folder / "read.so"))
+    library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return lambda data: library.read_all(data.data_ptr(), data.nbytes // 8, torch.get_num_threads())
+
+
+def in_turns(steps: dict[str, Step], rounds: int, warm: int = 2) -> dict[str, list[float]]:
+    """Seconds of each side's calls, one after the other, round after round."""
+    spent: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + warm):
+        for name, call in steps.items():
+            start = time.perf_counter()
+            call()
+            if turn >= warm:
+                spent[name].append(time.perf_counter() - start)
+    return spent
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median, lower quartile and least, in milliseconds."""
+    ordered = sorted(1e3 * value for value in times)
+    return {"median": statistics.median(ordered), "quartile": ordered[len(ordered) // 4], "least": ordered[0]}
+
+
+def kernels(small: bool, rounds: int) -> dict[str, Any]:
+    """A product of phi-3.5-mini's width in each way: GB/s of the weight's bytes."""
+    rows, columns = (512, 1024) if small else (8192, 3072)
+    size = 2**22 if small else 2**27
+    read, hidden = reader(), torch.randn(1, columns).bfloat16()
+    data = torch.zeros(2 * size, dtype=torch.uint8)
+    parts = data.split(2**20 if small else 2**25)
+    steps: dict[str, Step] = {}
+    sizes: dict[str, int] = {}
+
+    def add(name: str, num_bytes: int, call: Callable[[int], object]) -> None:
+        turn = [0]
+
+        def step() -> None:
+            turn[0] += 1
+            call(turn[0] % max(2, size // num_bytes))
+
+        steps[name], sizes[name] = step, num_bytes
+
+    add("read", parts[0].nbytes, lambda i: read(parts[i % len(parts)]))
+    plain = [torch.randn(rows, columns).bfloat16() for _ in range(max(2, size // (2 * rows * columns)))]
+    add("torch bfloat16", plain[0].nbytes, lambda i: torch.nn.functional.linear(hidden, plain[i % len(plain)]))
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
+    packed = [torch._convert_weight_to_int4pack_for_cpu(codes, 1) for _ in range(max(2, size // (rows * columns // 2)))]
+    zeros = torch.rand(columns // 128, rows, 2).bfloat16()
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    add("torch int4", packed[0].nbytes + zeros.nbytes, lambda i: product(hidden, packed[i % len(packed)], 128, zeros))
+    for one in (WeightFormat(), WeightFormat(group_size=32), WeightFormat(symmetric=False), WeightFormat(bits=8)):
+        weight = round_to_nearest(torch.randn(rows, columns), one, torch.bfloat16)
+        num_bytes = sum(tensor.nbytes for tensor in weight.tensors().values())
+        copies = [copied(weight) for _ in range(max(2, size // num_bytes))]
+        for variant in [native.best_variant(), "avx2"] if one.label == "int4 g128" else [native.best_variant()]:
+            add(
+                f"{one.label} {variant}",
+                num_bytes,
+                lambda i, c=copies, v=variant: native.product(hidden, c[i % len(c)], None, v),
+            )
+    spent = in_turns(steps, rounds)
+    return {name: {"gb_per_s": {k: sizes[name] / v / 1e6 for k, v in summary(spent[name]).items()}} for name in steps}
+
+
+def copied(weight: QuantizedTensor) -> QuantizedTensor:
+    """The same codes elsewhere."""
+    return QuantizedTensor.of(weight.format, {suffix: tensor.clone() for suffix, tensor in weight.tensors().items()})
+
+
+def build(small: bool) -> dict[str, Any]:
+    """Models of phi-3.5-mini's shape cut to 8 layers: ours by format, and transformers'."""
+    config = presets.get("phi-3.5-mini").replace(num_hidden_layers=LAYERS)
+    if small:
+        config = config.replace(
+            hidden_size=256,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            rope_scaling=None,
+            max_position_embeddings=4096,
+            intermediate_size=512,
+            vocab_size=1024,
+            num_hidden_layers=2,
+            eos_token_id=1,
+            pad_token_id=1,
+            stop_token_ids=(1,),
+        )
+    one, eight = WeightFormat(), WeightFormat(bits=8)
+    formats = {
+        "int4": QuantizationConfig(linear=one),
+        "int4, head int8": QuantizationConfig(linear=one, head=eight, embedding=eight),
+        "int4, head int4": QuantizationConfig(linear=one, head=one, embedding=one),
+        "int8": QuantizationConfig(linear=eight),
+        "bfloat16": None,
+    }
+    models = {name: phi35.create(config, quantization=form, dtype="bfloat16", seed=0) for name, form in formats.items()}
+    return models | {"transformers": transformers_peer.build(config, "cpu", torch.bfloat16)}
+
+
+@torch.inference_mode()
+def models(sides: dict[str, Any], small: bool, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a step of each model, and the bytes that it reads."""
+    steps = {name: stepper(name, model) for name, model in sides.items()}
+    read, data = reader(), torch.zeros(2**22 if small else 2**26, dtype=torch.uint8)
+    steps["read"] = lambda: read(data)
+    spent = in_turns(steps, rounds)
+    found: dict[str, Any] = {"read_gb_per_s": {k: data.nbytes / v / 1e6 for k, v in summary(spent["read"]).items()}}
+    for name, model in sides.items():
+        kept = [tensor for key, tensor in model.state_dict().items() if "embed_tokens" not in key]
+        found[name] = {"ms": summary(spent[name]), "bytes": sum(tensor.nbytes for tensor in kept)}
+        pairs = [theirs / mine for mine, theirs in zip(spent[name], spent["transformers"], strict=True)]
+        found[name]["paired_ratio"] = statistics.median(pairs)
+    return found
+
+
+def stepper(name: str, model: Any) -> Step:
+    """One more token at each call."""
+    prompt, token = torch.arange(2, 2 + PROMPT)[None], torch.tensor([[5]])
+    if name != "transformers":
+        cache = model.new_cache(1, 512)
+        model(prompt, past_key_values=cache, logits_to_keep=1)
+        return lambda: model(token, past_key_values=cache).logits
+    from transformers import DynamicCache
+
+    past = DynamicCache(config=model.config)
+    model(prompt, past_key_values=past, use_cache=True)
+    return lambda: model(token, past_key_values=past, use_cache=True).logits
+
+
+def report(found: dict[str, Any]) -> None:
+    """Tables, and the ratios at each side's best number of threads."""
+    for threads, part in found["threads"].items():
+        print(f"\n{threads} thread(s): GB/s of weights, median / lower quartile of time / best")
+        for name, row in part["kernels"].items():
+            print(f"  {name:24s}" + " / ".join(f"{value:6.1f}" for value in row["gb_per_s"].values()))
+        rate = part["models"]["read_gb_per_s"]
+        print("  step, ms: median / quartile / best; ratio to transformers, pair by pair; share of the bound at best")
+        for name, row in part["models"].items():
+            if name == "read_gb_per_s":
+                continue
+            bound = row["bytes"] / rate["least"] / 1e6
+            row["of_bound"] = {key: row["bytes"] / rate[key] / 1e6 / row["ms"][key] for key in rate}
+            print(
+                f"  {name:24s}"
+                + " / ".join(f"{value:7.1f}" for value in row["ms"].values())
+                + f"   {row['paired_ratio']:5.2f}   {100 * bound / row['ms']['least']:5.1f} % of {bound:.1f} ms"
+            )
+    best = {
+        name: {
+            key: min(part["models"][name]["ms"][key] for part in found["threads"].values())
+            for key in ("median", "least")
+        }
+        for name in found["threads"][1]["models"]
+        if name != "read_gb_per_s"
+    }
+    found["best_threads"] = {
+        name: {key: best["transformers"][key] / value for key, value in row.items()} for name, row in best.items()
+    }
+    print("\ntimes transformers, each at its best number of threads (median, least):")
+    for name, row in found["best_threads"].items():
+        print(f"  {name:24s}{row['median']:6.2f}{row['least']:6.2f}")
