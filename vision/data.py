@@ -11,7 +11,7 @@ import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from phi35.config import ModelConfig
-from phi35.training.stopping import ignore_stop_signals
+from phi35.training.stopping import close_at_exit, ignore_stop_signals
 from vision.augment import Augmentation
 from vision.balance import CostModel, plan_micro_batches
 from vision.collator import Example, VisionCollator
@@ -223,9 +223,15 @@ class ShardLoader:
 
     def compact(self) -> Iterator[Batch]:
         """The batches in the form that crosses to the device, for ``expand`` to complete there."""
+        batches = self._batches()
+        close_at_exit(batches)
+        return batches
+
+    def _batches(self) -> Generator[Batch, None, None]:
         options: dict[str, Any] = {}
         if self.num_workers:
             options = {"prefetch_factor": 2, "worker_init_fn": _begin_worker}
+            options["multiprocessing_context"] = "fork"  # shares the index and cached pictures; other ways copy them
         shape = self.dataset.shape
         loader = DataLoader(
             self.dataset,

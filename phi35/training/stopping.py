@@ -6,11 +6,13 @@ loaders, which are killed 30 s later. So a signal here does nothing but set a fl
 too. The ranks compare their flags at every step, save between two steps, and end together.
 """
 
+import atexit
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -123,6 +125,21 @@ def ignore_stop_signals() -> None:
     """For data-loading processes: a signal to all processes of a run must not end them before their rank has saved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def close_at_exit(batches: Generator[Any, Any, Any]) -> None:
+    """Ends the data-loading processes behind a generator when this process ends, however it lies around then.
+
+    Python would end them by a signal, which they ignore, and wait for them for ever.
+    """
+    reference = weakref.ref(batches)
+
+    def close() -> None:
+        still_there = reference()
+        if still_there is not None:
+            still_there.close()
+
+    atexit.register(close)
 
 
 def launcher_chain(command_of: Callable[[int], list[str]] | None = None) -> list[tuple[int, int]]:

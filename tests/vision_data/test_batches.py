@@ -3,6 +3,8 @@
 import io
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -412,3 +414,23 @@ def test_unknown_and_impossible_settings_are_named(shards: Path, tokenizer: Toke
     ):
         with pytest.raises(ValueError, match=message):
             open_source("mixture", sources=sources, **common)
+
+
+ABANDONED = """
+import sys
+from pathlib import Path
+from phi35 import presets
+from phi35.tokenizer import Tokenizer
+from vision.data import open_source
+tokenizer = Tokenizer.from_folder(Path(presets.__file__).parent / "small_model")
+config = presets.get("small-vision")
+batches = open_source(sys.argv[1], model_config=config, processor=tokenizer, num_workers=2).compact()
+print(sorted(next(batches)))
+"""
+
+
+def test_a_process_that_leaves_a_loader_lying_around_ends(shards: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ABANDONED, str(shards)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "pictures" in done.stdout
