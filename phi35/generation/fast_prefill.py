@@ -123,19 +123,31 @@ class PromptPass:
     @torch.no_grad()
     def run(self, chunk: list[Segment]) -> torch.Tensor:
         """Hidden states (N, D) of a chunk's tokens after the last layer; only the first prompt may have begun."""
-        ops, decoder = self.operations, self.model.model
+        decoder = self.model.model
         hidden = torch.cat([self._embeddings(segment) for segment in chunk])
         tokens = self._token_table(chunk, hidden.device)
-        for number, layer in enumerate(decoder.layers):
-            cache = self.cache.layer(number)
-            projected = layer.self_attn.qkv_proj(normed(hidden, norm_of(layer.input_layernorm)))
-            self.rotate(projected, self.rope, *tokens, cache, self.config.num_attention_heads)
-            attended = self._attend(projected, cache, chunk)
-            del projected
-            ops.project_add(attended, layer.self_attn.o_proj, hidden)
-            feed_forward = ops.sparse if self.config.is_sparse_layer(number) else ops.dense
-            feed_forward(hidden, norm_of(layer.post_attention_layernorm), layer.mlp)
+        with sdpa_kernel(_BACKENDS, set_priority=True):
+            for number, layer in enumerate(decoder.layers):
+                self._layer(number, layer, hidden, tokens, chunk)
         return hidden
+
+    def _layer(
+        self,
+        number: int,
+        layer: Any,
+        hidden: torch.Tensor,
+        tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        chunk: list[Segment],
+    ) -> None:
+        """One layer over a chunk; ``hidden`` (N, D) is written."""
+        ops, cache = self.operations, self.cache.layer(number)
+        projected = layer.self_attn.qkv_proj(normed(hidden, norm_of(layer.input_layernorm)))
+        self.rotate(projected, self.rope, *tokens, cache, self.config.num_attention_heads)
+        attended = self._attend(projected, cache, chunk)
+        del projected
+        ops.project_add(attended, layer.self_attn.o_proj, hidden)
+        feed_forward = ops.sparse if self.config.is_sparse_layer(number) else ops.dense
+        feed_forward(hidden, norm_of(layer.post_attention_layernorm), layer.mlp)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -194,8 +206,7 @@ class PromptPass:
         window = self.config.sliding_window
         if len(lengths) == 1 and (window is None or lengths[0] <= window):
             gqa = keys.shape[1] != queries.shape[1]
-            with sdpa_kernel(_BACKENDS, set_priority=True):
-                attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=gqa)
+            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=gqa)
         else:
             rows = packed_rows(torch.tensor([lengths]), 1, queries.shape[2], queries.device)
             attended = attend_packed(queries, keys, values, rows, window)

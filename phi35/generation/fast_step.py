@@ -5,6 +5,7 @@ device, so that steps follow each other without the host. It computes what ``Cau
 row, up to rounding. Weights are read where they lie.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -107,24 +108,34 @@ class DecodeStep:
         """
         values = vars(self.state)
         saved = {name: value.clone() for name, value in values.items()}
-        stream, mode = torch.cuda.Stream(self.model.device), torch.cuda.get_sync_debug_mode()
+        stream = torch.cuda.Stream(self.model.device)
         stream.wait_stream(torch.cuda.current_stream())
-        try:
-            torch.cuda.set_sync_debug_mode("error")
-            with torch.cuda.stream(stream):
-                self.run()
-        except RuntimeError as error:
-            raise CannotCaptureError(str(error)) from error
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
+        with torch.cuda.stream(stream):
+            self._run_without_waiting()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize(self.model.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may use the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.run()
         self._graph = graph
         for name, value in values.items():
             value.copy_(saved[name])
+
+    def _run_without_waiting(self) -> None:
+        """A step in which waiting for the device is an error."""
+        mode = torch.cuda.get_sync_debug_mode()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+                torch.cuda.set_sync_debug_mode("error")
+            self.run()
+        except RuntimeError as error:
+            if "synchronizing" not in str(error):
+                raise
+            raise CannotCaptureError(str(error)) from error
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
     def choose(self) -> None:
         """Choose the next tokens from ``logits`` without a step before, as after the prompts; lengths stay."""
