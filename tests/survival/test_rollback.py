@@ -168,7 +168,7 @@ def test_a_jump_goes_back_and_leaves_the_data_out(text_folder, tmp_path, log_int
     assert made == {1: 10, 3: 11}[log_interval]
     assert (event["event"], event["step"]) == ("rollback", 8) and "at step 10" in event["reason"]
     last = trainer_state(tmp_path / "checkpoints" / "step-00000016")
-    assert last["data"] == {"samples": 4 * (16 + made - 8)}  # as many steps more as were made twice
+    assert last["data"]["samples"] == 4 * (16 + made - 8)  # as many steps more as were made twice
     assert last["health"]["rollbacks"] == 1
     assert max(line["loss"] for line in history[8:]) < history[0]["loss"] + 0.5
 
@@ -211,4 +211,4 @@ def test_too_many_left_out_in_a_row_go_back_where_asked(text_folder, tmp_path):
     history = run_distributed(spoilt_run, 2, values, [6, 7, 8], "infinite")[0]
     assert [line["step"] for line in history] == list(range(1, 11))
     assert [line["skipped_steps"] for line in history] == [0] * 4 + [3] * 6
-    assert trainer_state(tmp_path / "checkpoints" / "step-00000010")["data"] == {"samples": 4 * (10 + 4)}
+    assert trainer_state(tmp_path / "checkpoints" / "step-00000010")["data"]["samples"] == 4 * (10 + 4)
