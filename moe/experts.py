@@ -11,7 +11,7 @@ and come back by a permutation, and the k rows of a token are added in order, in
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,23 @@ class Experts(nn.Module):
         _, two_ffn, hidden_size = self.gate_up_proj.shape
         with self.gate_up_proj.device:
             return QuantizedExperts(self.num_experts, hidden_size, two_ffn // 2, one, scale_dtype, self.hidden_act)
+
+    def calibration_inputs(
+        self, hidden_states: torch.Tensor, expert_indices: torch.Tensor
+    ) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """What each expert's weights are multiplied with: (weight, expert, inputs), for the experts that have tokens.
+
+        Args:
+            hidden_states: (N, D).
+            expert_indices: (N, k).
+        """
+        activation = ACTIVATIONS[self.hidden_act]
+        for expert in range(self.num_experts):
+            tokens = hidden_states[(expert_indices == expert).any(dim=1)]
+            if len(tokens):
+                gate, up = F.linear(tokens, self.gate_up_proj[expert]).chunk(2, dim=-1)
+                yield "gate_up_proj", expert, tokens
+                yield "down_proj", expert, activation(gate) * up
 
     def extra_repr(self) -> str:
         """Shape and backend, for the printed model."""

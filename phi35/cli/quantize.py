@@ -17,10 +17,20 @@ def quantize(
     embedding: Annotated[int, typer.Option(help="Bits of the token embedding; 16 keeps it.")] = 16,
     head: Annotated[int, typer.Option(help="Bits of the output head; 16 keeps it.")] = 16,
     tower: Annotated[int, typer.Option(help="Bits of the image tower and projector; 16 keeps them.")] = 16,
+    method: Annotated[str, typer.Option(help="rtn, or gptq: calibrated on a text.")] = "rtn",
+    calibration: Annotated[Path | None, typer.Option(help="Text file for gptq, such as the model is to read.")] = None,
+    samples: Annotated[int, typer.Option(help="Stretches of the text that calibrate.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of a stretch.")] = 512,
+    min_tokens: Annotated[int, typer.Option(help="Experts that saw fewer are rounded to nearest.")] = 128,
+    device: Annotated[str | None, typer.Option(help="Where gptq runs: cpu, cuda, ...")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, e.g. 5GB or 300MiB.")] = "5GB",
 ) -> None:
     """Write a checkpoint with its linear layers and experts in few bits."""
     from phi35.cli.table import render
+    from phi35.device import pick_device
+    from phi35.loading import load_config
+    from phi35.quantization.calibrate import quantize_calibrated
+    from phi35.quantization.calibration_text import text_batches
     from phi35.quantization.config import QuantizationConfig, WeightFormat
     from phi35.quantization.convert import quantize as run
     from phi35.quantization.report import size_report
@@ -36,8 +46,23 @@ def quantize(
             scale_bits=scale_bits,
         )
 
-    quantization = QuantizationConfig(linear=form(bits), embedding=form(embedding), head=form(head), tower=form(tower))
-    config = run(source, target, quantization, max_shard_size=max_shard_size)
+    quantization = QuantizationConfig(
+        linear=form(bits), embedding=form(embedding), head=form(head), tower=form(tower), method=method
+    )
+    if method == "gptq":
+        if calibration is None:
+            raise ValueError("method gptq needs --calibration, a text file such as the model is to read")
+        batches = text_batches(source, calibration, samples, length)
+        place = pick_device(device)
+        report = quantize_calibrated(
+            source, target, quantization, batches, min_tokens=min_tokens, device=place, max_shard_size=max_shard_size
+        )
+        print(report.summary())
+    elif calibration is not None:
+        raise ValueError(f"--calibration is for method gptq, and the method is {method!r}")
+    else:
+        run(source, target, quantization, max_shard_size=max_shard_size)
+    config = load_config(target)
     before, after = size_report(config.replace(quantization=None)), size_report(config)
     rows = [
         {
