@@ -12,6 +12,7 @@ The folder gets its name only when all of it is on disk, files and directories, 
 complete. Nothing but safetensors and JSON is ever opened; a file that the manifest does not list is not read.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -58,10 +59,17 @@ class CheckpointReader:
         self._refuse_foreign_files()
         if verify:
             self.verify()
-        self.trainer: dict[str, Any] = json.loads((self.folder / TRAINER).read_text())
         self._pieces: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for piece in self.manifest["tensors"]:
             self._pieces.setdefault((piece["kind"], piece["name"]), []).append(piece)
+
+    @functools.cached_property
+    def trainer(self) -> dict[str, Any]:
+        """Step, data position, configs, versions."""
+        try:
+            return json.loads((self.folder / TRAINER).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{str(self.folder / TRAINER)!r} cannot be read: {error}") from error
 
     def verify(self) -> None:
         """Compares every file with the manifest.

@@ -174,6 +174,7 @@ class _Loop:
             "selection_bias": self.engine.balancer.state(),
             "health": self.health.state(),
         }
+        self._saving(self.saver.finish, is_last=False)  # should the one before fail, this one is tried all the same
         self._saving(lambda: self.saver.save(done, {**state, **now}), is_last)
         if is_last:
             self._saving(self.saver.finish, is_last)

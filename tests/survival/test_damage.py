@@ -6,6 +6,7 @@ import pickle
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,8 @@ def run_on_a_full_disk(rank, world_size, values, full_from):
 
     def limited_step(self, *arguments):
         calls.append(1)
+        if len(calls) == full_from - 2:
+            time.sleep(1)  # until what is written beside the training is on disk
         low = full_from <= len(calls) < full_from + 2
         limit = 20_000 if low else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -195,16 +198,17 @@ def run_on_a_full_disk(rank, world_size, values, full_from):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(text_folder, tmp_path, whole_run, asynchronous):
-    values = settings(text_folder, tmp_path, max_steps=6, async_save=asynchronous)
-    (losses, said), _ = run_distributed(run_on_a_full_disk, 2, values, 4)
-    assert losses == whole_run[1]
-    step = tmp_path / "checkpoints"
-    assert "warning: the checkpoint after step 4 could not be written (rank 0:" in said and "the run goes on" in said
-    assert f"the newest complete checkpoint is {str(step / 'step-00000002')!r}" in said
-    assert sorted(path.name for path in step.iterdir()) == ["step-00000002", "step-00000006"]
-    for folder in step.iterdir():
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(text_folder, tmp_path, asynchronous):
+    values = settings(text_folder, tmp_path / "run", max_steps=9, save_interval=3, async_save=asynchronous)
+    (losses, said), _ = run_distributed(run_on_a_full_disk, 2, values, 6)
+    root = tmp_path / "run" / "checkpoints"
+    assert "warning: the checkpoint after step 6 could not be written (rank 0:" in said and "the run goes on" in said
+    assert f"the newest complete checkpoint is {str(root / 'step-00000003')!r}" in said
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000003", "step-00000009"]
+    for folder in root.iterdir():
         CheckpointReader(folder)
+    roomy = {**values, "output_dir": str(tmp_path / "roomy")}
+    assert run_distributed(losses_and_warnings, 2, roomy)[0][0] == losses and len(losses) == 9
 
 
 def run_with_its_log_on_the_full_disk(rank, world_size, values, folder):

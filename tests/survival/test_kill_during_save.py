@@ -4,11 +4,13 @@ import os
 import random
 import signal
 import time
-from types import SimpleNamespace
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from distributed import run_distributed
+from stepped_engines import build_engine, make_steps
 
 from phi35.training.checkpoint import open_newest
 from phi35.training.checkpoint_files import CheckpointReader, complete_checkpoints
@@ -17,18 +19,6 @@ from phi35.training.saving import CheckpointSaver
 
 NUM_KILLS = 50
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-
-
-def small_engine():
-    """What a saver needs of an engine at ZeRO stage 0: a model and torch's own optimizer, after one update."""
-    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8))
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 32)).sum().backward()
-    optimizer.step()
-    config = SimpleNamespace(zero_stage=0, dtype="float32", ep_size=1, optimizer="adamw")
-    return SimpleNamespace(
-        model=model, optimizer=optimizer, base_optimizer=optimizer, config=config, environment=ALONE, balancer=None
-    )
 
 
 def fill(engine, step):
@@ -72,6 +62,8 @@ def start_writer(engine, root, first_step, asynchronous):
         os.close(reading)
         try:
             save_on_and_on(engine, root, first_step, asynchronous, writing)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     os.close(writing)
@@ -95,11 +87,12 @@ def seconds_of_a_save(engine, root, asynchronous):
     return lengths[len(lengths) // 2]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_fifty_kills_lose_no_complete_checkpoint(tmp_path, asynchronous):
-    root = tmp_path / "checkpoints"
-    engine = small_engine()  # built here: a forked process has it for nothing
-    length = seconds_of_a_save(engine, tmp_path / "measured", asynchronous)
+def kill_again_and_again(rank, world_size, folder, asynchronous):
+    """Kills processes that are forked from this one, and so have an engine for nothing, while they save."""
+    engine = build_engine({"zero_stage": 0, "micro_batch_size": 2})
+    make_steps(rank, engine, left_out=(1, 2, 3))
+    root = Path(folder) / "checkpoints"
+    length = seconds_of_a_save(engine, Path(folder) / "measured", asynchronous)
     rng = random.Random(0)
     newest, interrupted = 0, 0
     for number in range(NUM_KILLS):
@@ -123,9 +116,14 @@ def test_fifty_kills_lose_no_complete_checkpoint(tmp_path, asynchronous):
             newest = reader.trainer["step"]
         else:
             assert completed == 0
-    print(f"{NUM_KILLS} kills over saves of {length * 1000:.0f} ms, {interrupted} left an unfinished folder")
     assert newest > NUM_KILLS // 2 and interrupted >= NUM_KILLS // 3
     process, notes = start_writer(engine, root, newest + 1, asynchronous)  # leftovers do not keep a new run from saving
     assert next(line for line in notes if line.startswith("end")) == f"end {newest + 1}\n"
     kill(process)
     assert step_in(complete_checkpoints(root)[-1]) >= newest + 1
+    return f"{NUM_KILLS} kills over saves of {length * 1000:.0f} ms, {interrupted} left an unfinished folder"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_fifty_kills_lose_no_complete_checkpoint(tmp_path, asynchronous):
+    print(*run_distributed(kill_again_and_again, 1, str(tmp_path), asynchronous))
