@@ -71,10 +71,9 @@ def vision_settings(shards, output, overrides, **changes):
     [
         (1, NOISY, {"zero_stage": 0, "dtype": "bfloat16"}),
         (2, NOISY, {"zero_stage": 2}),
-        (2, {**NOISY, **EXPERTS}, {"zero_stage": 1, "ep_size": 2, "router_aux_loss_coef": 0.01}),
-        (2, {**NOISY, **EXPERTS}, {"zero_stage": 1, "ep_size": 2, "dtype": "bfloat16", "num_workers": 1}),
+        (2, {**NOISY, **EXPERTS}, {"zero_stage": 1, "ep_size": 2, "dtype": "bfloat16", "router_aux_loss_coef": 0.01}),
     ],
-    ids=["zero0-bf16", "zero2", "zero1-ep2", "zero1-ep2-bf16"],
+    ids=["zero0-bf16", "zero2", "zero1-ep2-bf16"],
 )
 def test_pictures_three_steps_and_three_more_equal_six_to_the_bit(shards, tmp_path, world_size, overrides, changes):
     straight, parted = tmp_path / "straight", tmp_path / "parted"

@@ -122,15 +122,18 @@ def slow_writes(rank, world_size, values):
         return write(path, tensors)
 
     saving.write_hashed = tensor_writer.write_hashed = slow_write
-    waits = []
-    save = saving.CheckpointSaver.save
+    waits = []  # what the training waits for: each save, and each end of a save that was in flight
+    for name in ("save", "finish"):
+        method = getattr(saving.CheckpointSaver, name)
 
-    def timed_save(self, step, state):
-        in_flight = self.in_flight
-        save(self, step, state)
-        waits.append((step, in_flight, self.seconds_waited))
+        def timed(self, *arguments, method=method, name=name):
+            in_flight, began = self.in_flight, time.perf_counter()
+            method(self, *arguments)
+            if name == "save" or in_flight:
+                waits.append((name, time.perf_counter() - began))
+            assert not (name == "finish" and self.in_flight)
 
-    saving.CheckpointSaver.save = timed_save
+        setattr(saving.CheckpointSaver, name, timed)
     losses_of(rank, world_size, values)
     return waits, set(written_by)
 
@@ -139,8 +142,8 @@ def test_the_steps_wait_for_the_copy_alone_and_one_save_is_in_flight(text_folder
     values = settings(text_folder, tmp_path, save_interval=1, async_save=True, max_steps=3)
     ((waits, threads),) = run_distributed(slow_writes, 1, values)
     assert threads == {"checkpoint"}
-    assert [(step, in_flight) for step, in_flight, _ in waits] == [(1, False), (2, True), (3, True)]
-    first, second = waits[0][2], waits[1][2]
-    assert first < 0.5  # two files of 0.5 s each: not waited for
-    assert second > 0.5  # the second save waits for the first to end
+    # A save is two files of 0.5 s each: no save waits for its own, each next one first waits for the one before.
+    assert [name for name, _ in waits] == ["save", "finish"] * 3
+    assert all(seconds < 0.5 for name, seconds in waits if name == "save")
+    assert all(seconds > 0.3 for name, seconds in waits if name == "finish")
     assert len(json.loads(Path(tmp_path, "checkpoints/step-00000003/manifest.json").read_text())["files"]) == 3
