@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import phi35
 
@@ -15,9 +17,20 @@ PRESETS = {"phi3": "tiny-phi-3.5-mini", "phimoe": "tiny-phi-3.5-moe", "phi3_v": 
 IDS = torch.tensor([[5, 9, 4, 17, 3, 8, 30], [7, 1, 6, 2, 11, 12, 13]])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def registration() -> Iterator[None]:
+    """Registers for this file alone: other tests of the process mean transformers' own classes."""
+    tables = (CONFIG_MAPPING._extra_content, AutoModelForCausalLM._model_mapping._extra_content)
+    before = [dict(table) for table in tables]
+    phi35.interop.register()
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
+
+
 @pytest.fixture(params=PRESETS, scope="module")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    phi35.interop.register()
     path = tmp_path_factory.mktemp(request.param)
     model = phi35.create(PRESETS[request.param], seed=3)
     with torch.no_grad():
