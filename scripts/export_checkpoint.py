@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default the run's")
     parser.add_argument("--processor", help="folder with the tokenizer, where the run's is elsewhere now")
     parser.add_argument("--average", action="store_true", help="the moving average in place of the weights")
+    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint with the lowest held-out loss")
     options = parser.parse_args()
     try:
         folder = export(
@@ -27,6 +28,7 @@ def main() -> int:
             dtype=options.dtype,
             processor_folder=options.processor,
             average=options.average,
+            best=options.best,
         )
     except ValueError as error:
         print(f"error: {error}")

@@ -306,6 +306,8 @@ def open_source(
     shuffle_stretch: int | None = None,
     max_pixels: int = MAX_PIXELS,
     fast_jpeg: bool = False,
+    held_out: float = 0.0,
+    part: str = "train",
 ) -> ShardLoader:
     """The data source of a vision training: see ``ShardDataset`` and ``ShardLoader``.
 
@@ -331,6 +333,8 @@ def open_source(
         shuffle_stretch: shuffle shards, and samples within stretches of so many, in place of the whole epoch.
         max_pixels: larger pictures are passed over.
         fast_jpeg: as in ``SampleReader``.
+        held_out: share of the samples of each data set that are kept from training, at least one.
+        part: "train", or "held_out" for the samples that were kept.
 
     Raises:
         ValueError: for unknown settings and unusable data.
@@ -350,8 +354,12 @@ def open_source(
         "fast_jpeg": fast_jpeg,
         "cache_decoded": cache_decoded,
     }
+    readers = [SampleReader(source, collator, **reading) for source, _ in described]
+    if held_out:
+        for reader in readers:
+            reader.draws = _draws_of_part(reader.draws, held_out, part)
     dataset = ShardDataset(
-        [SampleReader(source, collator, **reading) for source, _ in described],
+        readers,
         [weight for _, weight in described],
         collator,
         shape,
@@ -360,6 +368,14 @@ def open_source(
         shuffle_stretch=shuffle_stretch,
     )
     return ShardLoader(dataset, num_workers=num_workers)
+
+
+def _draws_of_part(draws: np.ndarray, held_out: float, part: str) -> np.ndarray:
+    """Visits of each sample in an epoch, none for the other part's; the choice hangs on the number of samples alone."""
+    count = min(len(draws) - 1, max(1, round(held_out * len(draws))))
+    chosen = np.zeros(len(draws), dtype=bool)
+    chosen[np.random.default_rng([len(draws), 20_011]).permutation(len(draws))[:count]] = True
+    return np.where(chosen == (part == "held_out"), draws, 0)
 
 
 def _sources(data: Data, sources: Sequence[Mapping[str, Any]] | None) -> list[tuple[Data, float]]:

@@ -43,6 +43,8 @@ def open_text(
     buffer_size: int = 512,
     shuffle: bool = True,
     verify: bool = False,
+    held_out: float = 0.0,
+    part: str = "train",
 ) -> TextSource:
     """Opens text for training.
 
@@ -76,6 +78,8 @@ def open_text(
         buffer_size: documents that best fit chooses from.
         shuffle: False takes documents as they lie.
         verify: compare the SHA-256 sums of token folders.
+        held_out: share of the documents that are kept from training, for evaluation.
+        part: "train", or "held_out" for the documents that were kept; all else alike, both read the same token files.
 
     Raises:
         ValueError: for data that is missing, remote, or holds nothing usable, and for unknown options.
@@ -98,6 +102,8 @@ def open_text(
     streams = []
     # What the packer holds at the end was read too.
     needed = (num_samples + (buffer_size if packing == "best_fit" else 1)) * sequence_length
+    if held_out:
+        needed = int(needed / (1.0 - held_out) * 1.05) + 64 * sequence_length  # which documents is a matter of chance
     prepared: Counter[str] = Counter()
     for number, (source, weight) in enumerate(zip(described, weights, strict=True)):
         # A source may run ahead of its share by one document, which takes a row's length at most.
@@ -106,7 +112,14 @@ def open_text(
         prepared += Counter(files.skipped)
         streams.append(
             DocumentStream(
-                files, number, max_length=sequence_length, seed=seed, shuffle=shuffle, overlong=source["overlong"]
+                files,
+                number,
+                max_length=sequence_length,
+                seed=seed,
+                shuffle=shuffle,
+                overlong=source["overlong"],
+                held_out=held_out,
+                part=part,
             )
         )
     return TextSource(

@@ -69,7 +69,11 @@ class TextSource:
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
         self.num_workers = num_workers
         plan = [packing, buffer_size if packing == "best_fit" else None, sequence_length, mixture.weights]
-        streams = [[stream.files.identity, stream.seed, stream.shuffle, stream.overlong] for stream in mixture.streams]
+        streams: list[list[Any]] = [
+            [stream.files.identity, stream.seed, stream.shuffle, stream.overlong]
+            + ([stream.held_out, stream.part] if stream.held_out else [])
+            for stream in mixture.streams
+        ]
         self.identity = hashlib.sha256(json.dumps([plan, streams]).encode()).hexdigest()[:16]
         self._prepared = Counter(prepared or {})
         self._own_skips: Counter[str] = Counter()

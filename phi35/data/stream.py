@@ -4,6 +4,7 @@ Everything follows from the files, the seed and the place in each source: a stat
 walks the same stream.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ class DocumentStream:
         seed: of the order.
         shuffle: False takes the documents as they lie.
         overlong: what becomes of a chat that is too long: "skip" or "drop_turns".
+        held_out: share of the documents that are kept from training.
+        part: "train", or "held_out" for those alone.
 
     Attributes:
         skipped: documents left out so far, by reason.
@@ -48,7 +51,10 @@ class DocumentStream:
         seed: int,
         shuffle: bool = True,
         overlong: str = "skip",
+        held_out: float = 0.0,
+        part: str = "train",
     ) -> None:
+        self.held_out, self.part = held_out, part
         self.files, self.number, self.max_length = files, number, max_length
         self.seed, self.shuffle, self.overlong = seed, shuffle, overlong
         self.skipped: Counter[str] = Counter()
@@ -99,7 +105,9 @@ class DocumentStream:
         return self._order[1](self._place)
 
     def _usable_length(self, document: int) -> int:
-        """Tokens to take of a document; 0 leaves it out and counts it."""
+        """Tokens to take of a document; 0 leaves it out, and counts it where it is this part's."""
+        if self.held_out and is_held_out(document, self.held_out) != (self.part == "held_out"):
+            return 0
         length = self.files.length(document)
         if length < 2:
             self.skipped["empty"] += 1
@@ -117,6 +125,12 @@ class DocumentStream:
             return 0
         ends = np.flatnonzero(trained & (ids == self.files.end_token))
         return int(ends[-1]) + 1 if len(ends) else 0
+
+
+def is_held_out(document: int, share: float) -> bool:
+    """Whether a document is kept from training: a matter of its number alone, so that longer runs keep it too."""
+    drawn = hashlib.blake2b(f"held out {document}".encode(), digest_size=8).digest()
+    return int.from_bytes(drawn, "little") < share * 2**64
 
 
 class Mixture:

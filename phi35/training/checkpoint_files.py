@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -242,9 +242,11 @@ def commit(
     return final
 
 
-def outdated(root: Path, keep_last: int, keep_every: int = 0) -> list[Path]:
-    """Complete checkpoints beyond the newest ``keep_last`` (0 keeps all), but for every ``keep_every``-th step's."""
+def outdated(root: Path, keep_last: int, keep_every: int = 0, protected: Collection[int] = ()) -> list[Path]:
+    """Complete checkpoints beyond the newest ``keep_last`` (0 keeps all), but for every ``keep_every``-th step's and
+    those of the ``protected`` steps."""
     found = complete_checkpoints(root)[:-keep_last] if keep_last else []
+    found = [folder for folder in found if step_of(folder) not in protected]
     return [folder for folder in found if not keep_every or step_of(folder) % keep_every]
 
 

@@ -73,6 +73,12 @@ class TrainingConfig:
         output_dir: folder of everything the run writes.
         save_interval: steps between checkpoints; 0: only at the end.
         keep_last: checkpoints kept; 0 keeps all.
+        eval_interval: steps between evaluations on held-out data, one at the end besides; 0 for none.
+        eval_samples: samples of an evaluation.
+        eval_data: folder of held-out data of the same form as ``data``; None keeps a part of ``data`` from training.
+        held_out: that part.
+        eval_questions: of each kind of easy-vqa's test questions, asked at every evaluation (vision models).
+        keep_best: checkpoints with the lowest held-out losses that stay.
         keep_every: checkpoints of every this-many-th step are kept for good; 0 for none.
         async_save: write checkpoints beside the training, which waits for the copy to host memory alone.
         max_skipped_steps: updates in a row that may be left out because loss or gradient is not finite; 0: any number.
@@ -137,6 +143,12 @@ class TrainingConfig:
     save_interval: int = 0
     keep_last: int = 2
     keep_every: int = 0
+    eval_interval: int = 0
+    eval_samples: int = 64
+    eval_data: str | None = None
+    held_out: float = 0.02
+    eval_questions: int = 0
+    keep_best: int = 0
     async_save: bool = False
     max_skipped_steps: int = 10
     on_skipped_steps: str = "stop"

@@ -43,6 +43,7 @@ def value_problems(config: "TrainingConfig") -> Iterator[str]:
         _schedule_problems,
         _part_problems,
         _rollback_problems,
+        _evaluation_problems,
         _report_problems,
     ):
         yield from subject(config)
@@ -145,6 +146,20 @@ def _part_problems(config: "TrainingConfig") -> Iterator[str]:
             yield f"learning_rates.{part} must be a number, at least 0, got {rate!r}"
     if set(config.freeze) >= set(PARTS):
         yield "freeze leaves nothing to train"
+
+
+def _evaluation_problems(config: "TrainingConfig") -> Iterator[str]:
+    for name in ("eval_interval", "eval_questions", "keep_best"):
+        if getattr(config, name) < 0:
+            yield f"{name} must not be negative, got {getattr(config, name)}"
+    if config.eval_samples < 1:
+        yield f"eval_samples must be at least 1, got {config.eval_samples}"
+    if not 0 < config.held_out < 1:
+        yield f"held_out must lie between 0 and 1, got {config.held_out}"
+    if not config.eval_interval:
+        given = [name for name in ("eval_data", "eval_questions", "keep_best") if getattr(config, name)]
+        if given:
+            yield f"{given} have no effect without evaluations: set eval_interval"
 
 
 def _report_problems(config: "TrainingConfig") -> Iterator[str]:

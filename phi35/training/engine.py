@@ -82,7 +82,7 @@ class Engine:
         if config.zero_stage == 3:
             _gather_whole_sparse_layers(model)
         # A tuple is what DeepSpeed looks into for the tensors whose gradients announce the backward pass.
-        model.register_forward_hook(lambda module, inputs, output: (output.loss, output))
+        model.register_forward_hook(lambda module, _, output: (output.loss, output) if module.training else output)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory reports that nobody asked for
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,

@@ -17,7 +17,7 @@ from phi35.config_io import to_generation_dict, to_hf_dict
 from phi35.processor import Processor
 from phi35.training.build import build_processor
 from phi35.training.checkpoint import check_fit, model_config_from_dict
-from phi35.training.checkpoint_files import CheckpointReader, complete_checkpoints
+from phi35.training.checkpoint_files import MANIFEST, TRAINER, CheckpointReader, complete_checkpoints, step_of
 from phi35.training.optimizer_state import AVERAGE, PARAMETER
 
 SELECTION_BIAS_FILE = "router_selection_bias.json"
@@ -33,6 +33,7 @@ def export(
     dtype: str | None = None,
     verify: bool = True,
     average: bool = False,
+    best: bool = False,
 ) -> Path:
     """Writes the model of a training checkpoint as config.json, safetensors and tokenizer.
 
@@ -43,6 +44,7 @@ def export(
         processor_folder: where to read them in place of ``processor``; by default as the run did.
         dtype: "float32" or "bfloat16"; by default that of the run.
         verify: compare the checkpoint's files with its SHA-256 manifest first.
+        best: of a run, take the checkpoint with the lowest held-out loss (``keep_best``) instead of the newest.
         average: take the moving average of the weights in place of the weights; frozen parameters have none.
 
     Returns:
@@ -53,7 +55,7 @@ def export(
     """
     from phi35.training.config import TrainingConfig
 
-    reader = CheckpointReader(find_checkpoint(folder), verify=verify)
+    reader = CheckpointReader(find_checkpoint(folder, best), verify=verify)
     model_config = model_config_from_dict(reader.trainer["model_config"])
     config = TrainingConfig(**reader.trainer["training_config"])
     if processor_folder is not None:
@@ -125,16 +127,23 @@ def _write_selection_bias(selection_bias: list[list[float]] | None, output: Path
     )
 
 
-def find_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest complete one of a run.
+def find_checkpoint(folder: str | Path, best: bool = False) -> Path:
+    """The checkpoint that a path means: itself, or the newest complete one of a run, or its best one.
 
     Raises:
         ValueError: if there is none.
     """
     folder = Path(folder)
-    if (folder / "manifest.json").is_file():
+    if (folder / MANIFEST).is_file():
         return folder
     found = complete_checkpoints(folder / "checkpoints") or complete_checkpoints(folder)
     if not found:
         raise ValueError(f"{str(folder)!r} is no complete training checkpoint and no run that holds one")
-    return found[-1]
+    if not best:
+        return found[-1]
+    kept = json.loads((found[-1] / TRAINER).read_text()).get("best", {}).get("kept", [])
+    steps = {step_of(path): path for path in found}
+    for _, step in kept:
+        if step in steps:
+            return steps[step]
+    raise ValueError(f"{str(folder)!r} kept no checkpoint for its held-out loss: the run had keep_best=0")

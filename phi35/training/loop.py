@@ -1,29 +1,26 @@
 """The loop of a training run: batches to the device, updates, metrics, checkpoints."""
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
+from phi35.training.best import BestCheckpoints
 from phi35.training.checkpoint_files import complete_checkpoints, folder_name
 from phi35.training.console import warn
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
-from phi35.training.flops import Work, batch_work
+from phi35.training.evaluation import Evaluator
 from phi35.training.health import Health, RunDiverged, Trouble
-from phi35.training.loss import count_tokens
 from phi35.training.metrics import Metrics
+from phi35.training.microbatches import next_micro_batches
 from phi35.training.rollback import Rollbacks
 from phi35.training.saving import CheckpointSaver, SaveError
-from phi35.training.sequence import local_part
 from phi35.training.stopping import Agreement, RunStopped, StopRequest
 from phi35.training.watchdog import Watchdog
-
-HOST_INPUTS = ("image_sizes", "sequence_lengths")
-"""Inputs of which the model reads the values: on the device it would have to wait for them."""
 
 
 def run_steps(
@@ -34,6 +31,8 @@ def run_steps(
     root: Path,
     state: dict[str, Any],
     health_state: dict[str, Any] | None = None,
+    evaluator: Evaluator | None = None,
+    best_state: dict[str, Any] | None = None,
 ) -> Path:
     """The loop: ``max_steps`` updates, a checkpoint now and then and one at the end.
 
@@ -45,6 +44,8 @@ def run_steps(
         root: folder of the checkpoints, in the run's folder.
         state: plain data to keep in each checkpoint.
         health_state: of the checkpoint that the run goes on from.
+        evaluator: makes the evaluations that the config asks for.
+        best_state: of the checkpoint that the run goes on from.
 
     Returns:
         The last checkpoint's folder.
@@ -56,6 +57,8 @@ def run_steps(
     """
     config = engine.config
     with StopRequest() as stop, Watchdog(engine.environment, stop, root.parent, config.hang_timeout_seconds) as dog:
+        best = BestCheckpoints(config.keep_best)
+        best.load_state(best_state)
         saver = CheckpointSaver(
             root,
             engine,
@@ -63,11 +66,14 @@ def run_steps(
             keep_every=config.keep_every,
             asynchronous=config.async_save,
             beat=dog.beat,
+            protected=best.steps,
         )
         health, rollbacks = Health(config), Rollbacks(root, engine, first_step)
         health.load_state(health_state)
         metrics.num_skipped = health.num_skipped
-        loop = _Loop(source, metrics, saver, health, rollbacks, stop, dog)
+        if evaluator is not None:
+            evaluator.beat = dog.beat
+        loop = _Loop(source, metrics, saver, health, rollbacks, stop, dog, evaluator, best)
         try:
             loop.run(first_step, state)
         finally:
@@ -87,9 +93,12 @@ class _Loop:
         rollbacks: Rollbacks,
         stop: StopRequest,
         watchdog: Watchdog,
+        evaluator: Evaluator | None,
+        best: BestCheckpoints,
     ) -> None:
         self.source, self.metrics, self.saver, self.health, self.rollbacks = source, metrics, saver, health, rollbacks
         self.engine, self.stop, self.watchdog = saver.engine, stop, watchdog
+        self.evaluator, self.best = evaluator, best
         self.config, self.environment = self.engine.config, self.engine.environment
         self.agreement = Agreement(self.environment)
         self.children = {process.pid for process in multiprocessing.active_children()}
@@ -107,15 +116,18 @@ class _Loop:
             interval = self.config.save_interval
             is_last = done == self.config.max_steps or signal_number > 0
             is_due = is_last or bool(interval and done % interval == 0)
-            if is_due:
+            evaluates = self._evaluates(done) and not signal_number
+            if is_due or evaluates:
                 self.metrics.flush()  # before a checkpoint the numbers are read: none is made of a run that is not well
             outcomes = self.metrics.take_outcomes()
             self.engine.note_skipped(sum(not outcome.is_finite for outcome in outcomes))
             trouble = self.health.observe(outcomes)
             if trouble is not None:
                 done = self._handle(trouble, done)
-            elif is_due:
-                self._save(done, state, is_last)
+            else:
+                is_best = evaluates and self._evaluate(done)
+                if is_due or is_best:
+                    self._save(done, state, is_last)
             if signal_number:
                 reason = self.stop.reason or "another process was asked to stop"
                 raise RunStopped(f"{reason}: stopped after step {done}, saved as {self._newest()}", signal_number)
@@ -150,6 +162,19 @@ class _Loop:
             attention_masks=[batch.get("attention_mask") for batch in micro_batches],
         )
 
+    def _evaluates(self, done: int) -> bool:
+        interval = self.config.eval_interval
+        return self.evaluator is not None and (done % interval == 0 or done == self.config.max_steps)
+
+    def _evaluate(self, done: int) -> bool:
+        """Evaluates; says whether the checkpoint of this step is among the best, which stay."""
+        assert self.evaluator is not None
+        line, before = self.evaluator(done), self.best.lowest
+        kept = self.best.observe(done, line["loss"])
+        self.metrics.add_evaluation({**line, "best": before is None or line["loss"] < before})
+        self.metrics.restart_clock()
+        return kept
+
     def _handle(self, trouble: Trouble, done: int) -> int:
         """Ends the run, or goes back to a checkpoint from before the trouble; returns the updates made by then.
 
@@ -162,6 +187,7 @@ class _Loop:
         if step < done:
             self.health.rolled_back()
             self.metrics.rewind(step)
+            self.best.rewind(step)
         return step
 
     def _newest(self) -> Path | None:
@@ -173,6 +199,7 @@ class _Loop:
             "data": self.source.state_dict(),
             "selection_bias": self.engine.balancer.state(),
             "health": self.health.state(),
+            "best": self.best.state(),
         }
         self._saving(self.saver.finish, is_last=False)  # should the one before fail, this one is tried all the same
         self._saving(lambda: self.saver.save(done, {**state, **now}), is_last)
@@ -189,49 +216,6 @@ class _Loop:
                 raise
             if self.environment.is_main:
                 warn(f"{error}; the run goes on")
-
-
-def next_micro_batches(
-    batches: Iterator[dict[str, torch.Tensor]],
-    count: int,
-    engine: Engine,
-    expand: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
-    beat: Callable[[], None] | None = None,
-) -> tuple[list[dict[str, torch.Tensor]], list[int], Work]:
-    """``count`` micro-batches on the device; their label tokens and work, counted before they leave the host.
-
-    Args:
-        batches: of this rank, on the host.
-        count: micro-batches of a step.
-        engine: says the device, and which ranks share rows.
-        expand: turns what has reached the device into the model's inputs.
-        beat: called after each batch has come.
-    """
-    device, shared = engine.environment.device, engine.sequence_parallel
-    model: Any = engine.model
-    taken, num_tokens, work = [], [], Work()
-    for _ in range(count):
-        batch = next(batches)
-        if beat is not None:
-            beat()
-        if shared is None or shared.rank == 0:  # ranks that share rows read them whole: count them once
-            work += batch_work(batch, model.config)
-        if shared is not None:
-            batch = local_part(batch, shared, model.config)
-        num_tokens.append(count_tokens(batch))
-        moved: dict[str, Any] = {
-            name: value if name in HOST_INPUTS else value.to(device, non_blocking=True) for name, value in batch.items()
-        }
-        moved = moved if expand is None else expand(moved)
-        if padded_on_right(batch.get("attention_mask")):
-            moved = {**moved, "padding_side": "right"}  # seen here, not on the device
-        taken.append(moved)
-    return taken, num_tokens, work
-
-
-def padded_on_right(attention_mask: torch.Tensor | None) -> bool:
-    """Whether a mask (B, T) on the host shows no real token after a padded one."""
-    return attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
 def _sum_over_ranks(value: int, place: Environment) -> torch.Tensor | int:

@@ -1,21 +1,20 @@
 """A training run from config to exported model."""
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phi35.config import ModelConfig
-from phi35.data.opening import open_text
-from phi35.registry import resolve
 from phi35.training import checkpoint, environment
 from phi35.training.build import build_model, build_processor, read_model_config
 from phi35.training.checkpoint_files import CheckpointReader, set_aside
 from phi35.training.config import TrainingConfig
 from phi35.training.curves import plot
+from phi35.training.data_opening import open_data, open_held_out
 from phi35.training.description import describe_run, versions
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
+from phi35.training.evaluation import Evaluator, check_evaluation
 from phi35.training.export import export
 from phi35.training.loop import run_steps
 from phi35.training.metrics import Metrics
@@ -77,13 +76,15 @@ def train(
     choose_trackers(config.trackers)
     check_optimizer(config)
     check_heads(config, model_config)
+    check_evaluation(config, model_config)
     folder = Path(config.output_dir)
     reader = checkpoint.open_newest(folder / "checkpoints", place) if config.resume else None
     if reader is not None:
         _check_resumable(reader, config, model_config)
     _open_output(folder, config, place)
     processor = build_processor(config, model_config)
-    source = _open_data(config, model_config, processor, place, folder)
+    source = open_data(config, model_config, processor, place, folder)
+    held_out = open_held_out(config, model_config, processor, place, folder) if config.eval_interval else None
     model = build_model(config, model_config, reader, place.device)
     engine = Engine(model, config, place, deepspeed_file)
     first_step = _restore(engine, source, reader)
@@ -95,8 +96,14 @@ def train(
         "model_config": checkpoint.model_config_to_dict(model_config),
         "versions": versions(),
     }
-    health_state = reader.trainer.get("health") if reader is not None else None
-    last = run_steps(engine, source, metrics, first_step, folder / "checkpoints", state, health_state)
+    evaluator = None
+    if held_out is not None:
+        questions = {"processor": processor, "num_questions": config.eval_questions}
+        evaluator = Evaluator(engine, held_out, config.eval_samples, **questions)
+    saved = reader.trainer if reader is not None else {}
+    states = {"health_state": saved.get("health"), "best_state": saved.get("best")}
+    root = folder / "checkpoints"
+    last = run_steps(engine, source, metrics, first_step, root, state, evaluator=evaluator, **states)
     metrics.close()
     summary = _finish(config, processor, metrics, folder, last) if place.is_main else None
     place.wait_for_main()
@@ -128,55 +135,6 @@ def _restore(engine: Engine, source: Any, reader: CheckpointReader | None) -> in
     source.load_state_dict(reader.trainer["data"])
     checkpoint.load_random_state(reader, place, config.seed)
     return int(reader.trainer["step"])
-
-
-def _open_data(
-    config: TrainingConfig, model_config: ModelConfig, processor: Any, place: Environment, folder: Path
-) -> Any:
-    assert config.micro_batch_size is not None
-    common: dict[str, Any] = {
-        "model_config": model_config,
-        "processor": processor,
-        "rank": place.rank // config.sequence_parallel_size,
-        "world_size": config.data_parallel_size(place.world_size),
-        "micro_batch_size": config.micro_batch_size,
-        "seed": config.seed,
-        "num_workers": config.num_workers,
-    }
-    is_text = config.data_source is None and (model_config.vision is None or config.data == "stdlib")
-    if is_text:
-        common |= {
-            "sequence_length": config.sequence_length,
-            "num_samples": config.max_steps * config.global_batch_size,
-            "cache_folder": folder / "cache",
-            "barrier": place.wait_for_main,
-            "is_main": place.is_main,
-        }
-    opener = open_text if is_text else resolve(config.data_source or "vision.data:open_source")
-    if "accumulation_steps" in inspect.signature(opener).parameters:
-        common["accumulation_steps"] = config.gradient_accumulation_steps(place.world_size)
-    _check_data_options(opener, config.data_options, common)
-    if is_text:
-        return open_text(config.data, **common, **config.data_options)
-    data = config.data
-    if data == "easy-vqa":
-        data = str(folder / "cache" / "easy-vqa-train")
-        if place.is_main and not any(Path(data).glob("*.tar")):
-            resolve("vision.easy_vqa_shards:prepare")(data, "train", num_pairs=1000)
-        place.wait_for_main()
-    return opener(data, **common, **config.data_options)
-
-
-def _check_data_options(opener: Any, given: dict[str, Any], fixed: dict[str, Any]) -> None:
-    parameters = list(inspect.signature(opener).parameters.values())[1:]
-    allowed = {parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD} - set(fixed)
-    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
-    refused = sorted(set(given) & set(fixed) if takes_any else set(given) - allowed)
-    if refused:
-        raise ValueError(
-            f"data_options holds {refused}, which {opener.__module__}:{opener.__qualname__} does not take here; it "
-            f"takes {sorted(allowed)}"
-        )
 
 
 def _check_resumable(reader: CheckpointReader, config: TrainingConfig, model_config: ModelConfig) -> None:

@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class CheckpointSaver:
         keep_every: checkpoints of every this-many-th step stay for good; 0 for none.
         asynchronous: write in a thread; at most one checkpoint is in flight.
         beat: called now and then while a save makes progress.
+        protected: steps whose checkpoints stay whatever else is said.
 
     Attributes:
         last: the newest checkpoint that was completed here; None before.
@@ -54,9 +55,11 @@ class CheckpointSaver:
         keep_every: int = 0,
         asynchronous: bool = False,
         beat: Callable[[], None] = lambda: None,
+        protected: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self.root, self.engine, self.environment = Path(root), engine, engine.environment
         self.keep_last, self.keep_every, self.asynchronous, self.beat = keep_last, keep_every, asynchronous, beat
+        self.protected = protected
         self.last: Path | None = None
         self.seconds_waited = 0.0
         self._buffers = HostBuffers(pinned=engine.environment.device.type == "cuda")
@@ -188,7 +191,7 @@ class CheckpointSaver:
     def _remove_outdated(self) -> None:
         removed = []
         try:
-            for old in files.outdated(self.root, self.keep_last, self.keep_every):
+            for old in files.outdated(self.root, self.keep_last, self.keep_every, self.protected()):
                 removed.append(files.hide(old))
         except OSError as error:
             warn(f"an outdated checkpoint stays: {error}")
