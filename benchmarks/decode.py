@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--kernels", action="store_true", help="each kernel alone, instead of the table")
     parser.add_argument("--step", action="store_true", help="whole steps, instead of the table")
+    parser.add_argument("--sweep", action="store_true", help="with --step: by several shapes of the programs too")
     parser.add_argument(
         "--small", action="store_true", help="tiny models and lengths: shows that it runs, on a CPU too"
     )

@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a case")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="print the kernels that take most of a step")
+    parser.add_argument("--trace", type=Path, help="with --profile: write a Chrome trace of two steps into this folder")
     parser.add_argument("--case-limit", type=float, default=120.0, help="seconds for one case")
     parser.add_argument("--time-limit", type=float, default=570.0, help="seconds after which no case begins")
     parser.add_argument("--tiny", action="store_true", help="tiny models (the default without a GPU)")
@@ -94,6 +95,7 @@ def start(name: str, arguments: argparse.Namespace) -> "subprocess.Popen[str]":
     command = [sys.executable, __file__, "--run-case", name, "--steps", str(arguments.steps)]
     command += ["--warmup", str(arguments.warmup)]
     command += ["--profile"] * arguments.profile + ["--tiny"] * arguments.tiny
+    command += ["--trace", str(arguments.trace)] if arguments.trace else []
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
@@ -231,7 +233,8 @@ def measure(case: Any, arguments: argparse.Namespace, device: Any) -> dict[str, 
         result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         result["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
     if arguments.profile:
-        profile(lambda: step([draw_batch(case, device, generator) for _ in range(case.micro_batches)]), gpu)
+        trace = arguments.trace and arguments.trace / f"{arguments.run_case.replace(' ', '_')}.json"
+        profile(lambda: step([draw_batch(case, device, generator) for _ in range(case.micro_batches)]), gpu, trace)
     return result
 
 
@@ -364,8 +367,8 @@ def build_theirs(case: Any, device: Any, marks: Marks) -> tuple[Callable[[list[A
     return step, sum(parameter.numel() for parameter in parameters)
 
 
-def profile(step: Callable[[], Any], gpu: bool) -> None:
-    """Prints the kernels of two steps by the time they take on the device."""
+def profile(step: Callable[[], Any], gpu: bool, trace: Path | None = None) -> None:
+    """Prints the kernels of two steps by the time they take on the device; ``trace``: a file for their order."""
     import torch
 
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -375,6 +378,9 @@ def profile(step: Callable[[], Any], gpu: bool) -> None:
             step()
         if gpu:
             torch.cuda.synchronize()
+    if trace is not None:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
     on_device = [event for event in profiler.key_averages() if str(event.device_type).endswith("CUDA")] if gpu else []
     rows = [(event.key, event.self_device_time_total / 2000, event.count / 2) for event in on_device]
     if not gpu:
