@@ -21,6 +21,9 @@ def plan(
     device: Annotated[str, typer.Option(help="GPU whose peak speed counts, as in phi35.training.flops.")] = "H200",
     mfu: Annotated[float | None, typer.Option(help="Share of the peak to expect, in place of a measured one.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of training settings.")] = None,
+    deepspeed_config: Annotated[
+        Path | None, typer.Option(help="Ready DeepSpeed JSON whose settings hold unless given otherwise.")
+    ] = None,
     write: Annotated[Path | None, typer.Option(help="Write the DeepSpeed JSON there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List all settings, not only the best ones.")] = False,
@@ -30,7 +33,7 @@ def plan(
     from phi35.training.build import read_model_config
     from phi35.training.flops import peak_flops
 
-    values = _settings(config, settings or [], preset, gpus)
+    values = _settings(config, settings or [], preset, gpus, deepspeed_config)
     known = _training_config(values)
     model_config = read_model_config(known)
     peak = known.peak_flops or peak_flops(device, known.dtype)
@@ -61,11 +64,15 @@ def plan(
         )
 
 
-def _settings(config: Path | None, overrides: list[str], preset: str, gpus: int) -> dict[str, Any]:
+def _settings(
+    config: Path | None, overrides: list[str], preset: str, gpus: int, deepspeed_file: Path | None
+) -> dict[str, Any]:
     """Fields of the training config that the user decides, and the defaults of a plan below them."""
     from phi35.training.config import read_settings
+    from phi35.training.deepspeed_config import config_fields, read_deepspeed_file
 
-    given = read_settings(config, overrides)
+    decided = {"offload": "none", **config_fields(read_deepspeed_file(deepspeed_file))} if deepspeed_file else {}
+    given = read_settings(config, overrides, decided)
     defaults = {"model": preset, "dtype": "bfloat16", "sequence_length": 4096, "micro_batch_size": 1}
     values = {**defaults, **given}
     values.setdefault("global_batch_size", int(values["micro_batch_size"]) * gpus)

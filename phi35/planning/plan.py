@@ -88,11 +88,20 @@ def candidates(
             continue
         memory = plan_memory(model_config, config, num_gpus, crops=crops)
         speed = expected_speed(model_config, config, num_gpus, peak_flops, crops=crops, mfu=mfu)
-        fits = memory.peak * FRAGMENTATION + OUTSIDE_BYTES <= gpu_bytes
-        found.append(Candidate(config, memory, speed, fits))
+        found.append(Candidate(config, memory, speed, fits(memory, gpu_bytes)))
     if not found:
         raise ValueError(f"nothing to plan: {problem}")
     return sorted(found, key=_rank)
+
+
+def fits(memory: MemoryPlan, gpu_bytes: int) -> bool:
+    """Whether the peak leaves the room that CUDA, NCCL and the allocator take.
+
+    Args:
+        memory: of one GPU.
+        gpu_bytes: of the GPU.
+    """
+    return memory.peak * FRAGMENTATION + OUTSIDE_BYTES <= gpu_bytes
 
 
 def deepspeed_json(candidate: Candidate, num_gpus: int) -> dict[str, Any]:
