@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from phi35.generation.choices import MAX_ALTERNATIVES, alternatives, choose_on_host
+from phi35.generation.constraints import ConstraintError, TokenConstraint
 from phi35.generation.decoding import Decoding
 from phi35.generation.fast_prefill import Prompt, PromptPass, Segment
 from phi35.generation.fast_step import DecodeStep, limit
 from phi35.generation.request_state import RequestState
-from phi35.generation.requests import Emitted, Request
+from phi35.generation.requests import Emitted, Queued, Request
 from phi35.generation.rows import crosses, finish_reason, rope_length
-from phi35.generation.sampling import next_tokens
 from phi35.kernels.operands import StepState
 from phi35.paged_cache import PAGE_SIZE, PagedCache, PagedRows
 from phi35.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ class Batcher:
         self._slots: list[Request | None] = [None] * max_rows
         self._waiting: collections.deque[Request] = collections.deque()
         self._reading: list[Request] = []
-        self._queue: collections.deque[_Queued] = collections.deque()
+        self._queue: collections.deque[Queued] = collections.deque()
         self._ready: list[Emitted] = []
         self._count = 0
 
@@ -99,6 +100,9 @@ class Batcher:
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
+        *,
+        constraint: TokenConstraint | None = None,
+        num_alternatives: int = 0,
         **options: Any,
     ) -> int:
         """Add a request.
@@ -107,6 +111,9 @@ class Batcher:
             input_ids: (T,) or (1, T) int64 without padding.
             pixel_values: (C, 3, S, S) crops of its images.
             image_sizes: (N, 2).
+            constraint: says which tokens may come next, a new one for each request. While constrained requests run,
+                steps are not queued ahead: each needs its last token.
+            num_alternatives: how many of the most likely tokens to tell beside each token, up to 20.
             **options: fields of ``DecodingOptions``.
 
         Returns:
@@ -115,6 +122,9 @@ class Batcher:
         Raises:
             ValueError: for bad arguments, or a prompt that the cache cannot hold.
         """
+        whole = isinstance(num_alternatives, int) and not isinstance(num_alternatives, bool)
+        if not whole or not 0 <= num_alternatives <= MAX_ALTERNATIVES:
+            raise ValueError(f"num_alternatives must lie in 0..{MAX_ALTERNATIVES}, got {num_alternatives!r}")
         ids = input_ids[None] if isinstance(input_ids, torch.Tensor) and input_ids.dim() == 1 else input_ids
         checked = Decoding(self.model, ids, None, pixel_values, image_sizes, tokenizer=self.tokenizer, **options)
         if len(checked.rows) != 1:
@@ -125,7 +135,14 @@ class Batcher:
                 f"the prompt has {row.prompt_length} tokens and a request of this batcher at most {self.max_length}: "
                 "shorten it, or give the batcher a larger max_tokens or max_length"
             )
-        request = Request(self._count, row, checked.options, checked.stop_ids)
+        request = Request(
+            self._count,
+            row,
+            checked.options,
+            checked.stop_ids,
+            constraint=constraint,
+            num_alternatives=num_alternatives,
+        )
         self._count += 1
         self._waiting.append(request)
         return request.number
@@ -212,20 +229,28 @@ class Batcher:
 
     def _begin(self, requests: list[Request], logits: torch.Tensor) -> None:
         """Choose the first tokens after prompts that have been read, and let steps serve them."""
+        able = [self._constrained(request) for request in requests]
+        if not all(able):
+            requests = [request for request, one in zip(requests, able, strict=True) if one]
+            logits = logits[torch.tensor(able, device=logits.device)]
+        if not requests:
+            return
         slots = [request.slot for request in requests if request.slot is not None]
         for request, slot in zip(requests, slots, strict=True):
             self.cache.set_stepped(slot, True)
             request.running = True
-        tokens = None
-        if self.mode == "plain":
-            tokens = self._choose(requests, logits)
+        tokens = choose_on_host(requests, logits) if self.mode == "plain" else None
         apart = self._requests.enter(requests, slots, logits, tokens)
-        self._note(requests, slots, apart, tokens)
+        self._note(requests, slots, apart, tokens, logits)
 
     def _advance(self) -> bool:
         """Queue one step for the running requests that want one."""
         wanting = []
-        for request in self._running():
+        running = self._running()
+        if any(request.constraint is not None and request.pending for request in running):
+            while self._queue:
+                self._collect()
+        for request in running:
             if not request.running:
                 continue  # sent back to make room for an older one
             ended = request.length - request.row.prompt_length >= request.options.max_new_tokens
@@ -233,7 +258,7 @@ class Batcher:
                 continue
             if self._make_room(request, request.length):
                 wanting.append(request)
-        wanting = [request for request in wanting if request.running]
+        wanting = [request for request in wanting if request.running and self._constrained(request)]
         if not wanting:
             return False
         slots = [request.slot for request in wanting if request.slot is not None]
@@ -242,34 +267,46 @@ class Batcher:
         if self.mode == "plain":
             step.cache.columns = -(-max(request.length for request in wanting) // PAGE_SIZE)
             step.run_layers()
-            tokens = self._choose(wanting, step.logits[slots])
+            tokens = choose_on_host(wanting, step.logits[slots])
             self._requests.advance(slots, tokens)
         else:
             self._requests.draw(wanting, slots)
+            self._requests.constrain(wanting, slots)
             step.run()
-        self._note(wanting, slots, self.state, tokens)
+        self._note(wanting, slots, self.state, tokens, step.logits)
         return True
 
-    def _choose(self, requests: list[Request], logits: torch.Tensor) -> list[tuple[int, float]]:
-        """The host's choices, and their log-probabilities."""
-        chosen = []
-        for request, row in zip(requests, logits.split(1), strict=True):
-            (token,) = next_tokens(row, request.options, [request.row.seen], [request.row.generator])
-            chosen.append((token, float(row.float().log_softmax(dim=-1)[0, token])))
-        return chosen
+    def _constrained(self, request: Request) -> bool:
+        """Ask a request's constraint, if it has one, what may come next; False if that ends the request."""
+        if request.constraint is None:
+            return True
+        try:
+            request.mask = request.constraint.allowed()
+        except ConstraintError as error:
+            self._fail(request, error)
+            return False
+        return True
 
     def _note(
-        self, requests: list[Request], slots: list[int], state: StepState, tokens: list[tuple[int, float]] | None
+        self,
+        requests: list[Request],
+        slots: list[int],
+        state: StepState,
+        tokens: list[tuple[int, float]] | None,
+        logits: torch.Tensor,
     ) -> None:
-        """Remember what was given to the device."""
+        """Remember what was given to the device, which chooses from the rows of ``logits`` in the state's places."""
+        places = list(range(len(slots))) if state is not self.state else slots
+        others = None
+        if any(request.num_alternatives for request in requests):
+            others = alternatives(requests, logits[places])
         event = None
         if self.model.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
-        places = list(range(len(slots))) if state is not self.state else slots
         ring = state.history.shape[0]
         marks = [(one.length - one.row.prompt_length) % ring for one in requests]
-        self._queue.append(_Queued(list(zip(requests, marks, places, strict=True)), state, event, tokens))
+        self._queue.append(Queued(list(zip(requests, marks, places, strict=True)), state, event, tokens, others))
         for request in requests:
             request.pending += 1
 
@@ -287,13 +324,30 @@ class Batcher:
             else:
                 token = int(queued.state.history[mark, place])
                 logprob = float(queued.state.logprobs[mark, place])
-            row = request.row
-            row.ids.append(token)
-            row.seen.add(token)
-            reason = finish_reason(row, request.options, request.stop_ids, self.max_length)
-            self._ready.append(Emitted(request.number, token, logprob, reason))
-            if reason is not None:
-                self._end(request, reason)
+            others: tuple[tuple[int, float], ...] = ()
+            if queued.alternatives is not None:
+                others = queued.alternatives.of(number, request.num_alternatives)
+            self._take(request, token, logprob, others)
+
+    def _take(self, request: Request, token: int, logprob: float, others: tuple[tuple[int, float], ...]) -> None:
+        """Add a token to its request, and see whether it ends there."""
+        row = request.row
+        row.ids.append(token)
+        row.seen.add(token)
+        reason = finish_reason(row, request.options, request.stop_ids, self.max_length)
+        error = None
+        if request.constraint is not None and reason is None:
+            try:
+                reason = "stop" if request.constraint.advance(token) else None
+            except ConstraintError as problem:
+                reason, error = "error", str(problem)
+        self._ready.append(Emitted(request.number, token, logprob, reason, others, error))
+        if reason is not None:
+            self._end(request, reason)
+
+    def _fail(self, request: Request, error: ConstraintError) -> None:
+        self._ready.append(Emitted(request.number, -1, 0.0, "error", error=str(error)))
+        self._end(request, "error")
 
     def _make_room(self, request: Request, num_slots: int) -> bool:
         """Pages for a request, if need be those of younger ones; False if it was sent back to wait itself."""
@@ -367,13 +421,3 @@ class Batcher:
         if mode is None and reason is not None and self.model.device.type == "cuda":
             logger.info("batching without CUDA graphs: %s", reason)
         return mode or ("plain" if reason is not None else "graphs")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Queued:
-    """What the device was given: requests with the mark and the place of their token in the histories of a state."""
-
-    rows: list[tuple[Request, int, int]]
-    state: StepState
-    event: torch.cuda.Event | None
-    tokens: list[tuple[int, float]] | None

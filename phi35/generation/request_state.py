@@ -45,6 +45,7 @@ class RequestState:
             columns["penalty"].append(options.repetition_penalty)
             if options.repetition_penalty != 1:
                 apart.seen[place, torch.tensor(sorted(request.row.seen), dtype=torch.int64, device=device)] = 1
+        self._mask(apart, requests, list(range(len(requests))))
         for name, values in columns.items():
             kept = getattr(apart, name)
             kept.copy_(torch.tensor(values, dtype=kept.dtype))
@@ -63,6 +64,19 @@ class RequestState:
         apart.rope_long.copy_(torch.tensor([request.row.rope_long for request in requests]))
         self.state.write(torch.tensor(slots, device=device), apart)
         return apart
+
+    def constrain(self, requests: list[Request], slots: list[int]) -> None:
+        """Tell rows which tokens their next step may choose."""
+        self._mask(self.state, requests, slots)
+
+    @staticmethod
+    def _mask(state: StepState, requests: list[Request], places: list[int]) -> None:
+        """Write the masks of constrained requests into their places of a state."""
+        pairs = [(one.mask, place) for one, place in zip(requests, places, strict=True) if one.mask is not None]
+        if pairs:
+            rows = torch.tensor([place for _, place in pairs], device=state.allowed.device)
+            state.allowed[rows] = torch.stack([mask for mask, _ in pairs]).to(rows.device)
+            state.masked[rows] = 1
 
     def advance(self, slots: list[int], tokens: list[tuple[int, float]]) -> None:
         """Move rows on by tokens that the host chose."""

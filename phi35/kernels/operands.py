@@ -92,7 +92,22 @@ class LayerCache:
         return keys, values
 
 
-ROW_FIELDS = ("tokens", "lengths", "rope_long", "steps", "temperature", "top_k", "top_p", "min_p", "penalty", "seen")
+ROW_FIELDS = (
+    "tokens",
+    "lengths",
+    "rope_long",
+    "steps",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "penalty",
+    "seen",
+    "masked",
+    "allowed",
+)
+MASK_BITS = 32
+"""Tokens of a word of a mask, the first in its lowest bit."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +126,8 @@ class StepState:
         penalty: (B,) float32 repetition penalty; 1 for none.
         draws: (n, B) float64 uniform numbers; step t reads row t mod n.
         seen: (B, V) uint8, nonzero for tokens that the penalty counts.
+        masked: (B,) uint8, nonzero for rows that choose among allowed tokens alone.
+        allowed: (B, ceil(V / 32)) int32, a bit for each token; read where ``masked``.
         history: (r, B) int32 chosen tokens; step t writes row t mod r. In host memory that the device can write.
         logprobs: (r, B) float32 log-probabilities of the chosen tokens under the unfiltered logits.
     """
@@ -126,6 +143,8 @@ class StepState:
     penalty: torch.Tensor
     draws: torch.Tensor
     seen: torch.Tensor
+    masked: torch.Tensor
+    allowed: torch.Tensor
     history: torch.Tensor
     logprobs: torch.Tensor
 
@@ -149,6 +168,8 @@ class StepState:
             penalty=torch.ones(batch, device=device),
             draws=zeros(draws, batch, dtype=torch.float64),
             seen=zeros(batch, vocab, dtype=torch.uint8),
+            masked=zeros(batch, dtype=torch.uint8),
+            allowed=zeros(batch, -(-vocab // MASK_BITS), dtype=torch.int32),
             history=torch.zeros(ring, batch, dtype=torch.int32, pin_memory=pinned),
             logprobs=torch.zeros(ring, batch, pin_memory=pinned),
         )

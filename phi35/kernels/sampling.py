@@ -1,6 +1,6 @@
 """The ends of a step: the embedding of the tokens, and the choice of the next ones.
 
-The choice follows ``phi35.generation.sampling``: repetition penalty, temperature, top-k, top-p, min-p, then the
+The choice follows ``phi35.generation.sampling``: repetition penalty, mask, temperature, top-k, top-p, min-p, then the
 inverse of the cumulative distribution at one given number a row, so that device and host choose alike. There is no
 sort: thresholds are found by bisection over the bits of the scores, all of which a program holds in registers.
 """
@@ -33,6 +33,8 @@ def choose(logits: torch.Tensor, state: StepState, pdl: bool) -> None:
         state.penalty,
         state.draws,
         state.seen,
+        state.masked,
+        state.allowed,
         state.steps,
         state.tokens,
         state.lengths,
@@ -41,6 +43,7 @@ def choose(logits: torch.Tensor, state: StepState, pdl: bool) -> None:
         vocab,
         state.draws.stride(0),
         state.history.stride(0),
+        state.allowed.stride(0),
         DRAWS=state.draws.shape[0],
         RING=state.history.shape[0],
         PADDED=triton.next_power_of_2(vocab),
@@ -68,6 +71,8 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     penalties,
     draws,
     seen,
+    masked,
+    allowed,
     steps,
     tokens,
     lengths,
@@ -76,6 +81,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     vocab,
     draws_stride,
     history_stride,
+    allowed_stride,
     DRAWS: tl.constexpr,
     RING: tl.constexpr,
     PADDED: tl.constexpr,
@@ -97,6 +103,10 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     if penalty != 1.0:
         present = tl.load(seen_at + ids, mask=real, other=0) != 0
         scores = tl.where(present, tl.where(raw < 0, raw * penalty, raw / penalty), raw)
+        best, token = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    if tl.load(masked + row) != 0:
+        words = tl.load(allowed + row * allowed_stride + ids // 32, mask=real, other=0)
+        scores = tl.where((words >> (ids % 32)) & 1 != 0, scores, float("-inf"))
         best, token = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
     if temperature != 0.0:
         # Counted from the best down, as on the host; a divisor below the smallest normal number would count as 0.

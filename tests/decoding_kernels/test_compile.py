@@ -103,7 +103,8 @@ def test_attention_streams_keys_through_shared_memory(tmp_path: Path, group: int
 def test_sampler_router_and_batched_kernels_compile(tmp_path: Path) -> None:
     arguments = typed("*fp32", "logits", "temperatures", "top_ps", "min_ps", "penalties", "logprobs")
     arguments |= typed("*i64", "steps", "tokens", "lengths") | typed("*i32", "top_ks", "history")
-    arguments |= {"draws": "*fp64", "seen": "*u8", "vocab": "i32"} | typed("i32", "draws_stride", "history_stride")
+    arguments |= {"draws": "*fp64", "seen": "*u8", "vocab": "i32", "masked": "*u8", "allowed": "*i32"}
+    arguments |= typed("i32", "draws_stride", "history_stride", "allowed_stride")
     constants: dict[str, Any] = {"DRAWS": 256, "RING": 64, "PADDED": 32768, "PDL": True}
     assert compile_kernel(sampling._choose_kernel, arguments, constants, 32).metadata.shared < 65536
     arguments = typed("*bf16", "hidden", "norm_weight", "norm_bias", "weight", "normed")

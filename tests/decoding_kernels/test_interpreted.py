@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 ROOT = Path(__file__).parents[2]
 ATTENTION = ["one", "one_whole", "one_paged", "grouped", "grouped_window", "grouped_paged"]
-CHOICES = ["greedy", "penalty", "temperature", "tiny_temperature", "top_k", "top_p", "all"]
+CHOICES = ["greedy", "penalty", "temperature", "tiny_temperature", "top_k", "top_p", "all", "masked", "masked all"]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from every_other import EveryOther
 from PIL import Image
 
 import phi35
@@ -155,6 +156,88 @@ def test_requests_with_pictures() -> None:
         assert found[number][0] == decoding.new_ids(0)
 
 
+def constrained_alone(model: CausalLM, ids: torch.Tensor, count: int, temperature: float, seed: int) -> list[int]:
+    """A constrained continuation by whole passes without a cache, one token at a time."""
+    tokens = ids.tolist()
+    generator = torch.Generator().manual_seed(seed)
+    for made in range(count):
+        with torch.no_grad():
+            scores = model(input_ids=torch.tensor([tokens])).logits[0, -1].float()
+        scores[torch.arange(len(scores)) % 2 != made % 2] = -torch.inf
+        if temperature == 0:
+            tokens.append(int(scores.argmax()))
+        else:
+            cumulative = (scores / temperature).softmax(dim=-1).double().cumsum(dim=-1)
+            draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
+            tokens.append(int((cumulative > draw).int().argmax()))
+    return tokens[len(ids) :]
+
+
+def test_constrained_requests_choose_among_allowed_tokens_beside_free_ones() -> None:
+    """Four of six are constrained; two cross at 90 tokens, pages run out, and one ends with its constraint."""
+    model = tiny()
+    batcher = Batcher(model, max_rows=4, max_tokens=6 * PAGE_SIZE, chunk_size=48)
+    lengths, ends = [20, 80, 60, 85, 33, 62], {4: 5}
+    for number, length in enumerate(lengths):
+        constraint = EveryOther(model.config.vocab_size, ends.get(number)) if number not in (0, 2) else None
+        temperature = 0.8 if number == 3 else 0.0
+        batcher.submit(
+            prompt(length),
+            constraint=constraint,
+            max_new_tokens=14,
+            stop_token_ids=(),
+            temperature=temperature,
+            seed=number,
+        )
+    found = gather(list(batcher.run()))
+    for number, length in enumerate(lengths):
+        tokens, _, reason = found[number]
+        if number in (0, 2):
+            expected = alone(model, prompt(length), max_new_tokens=14, stop_token_ids=())[0]
+        else:
+            temperature = 0.8 if number == 3 else 0.0
+            expected = constrained_alone(model, prompt(length), ends.get(number, 14), temperature, number)
+        assert tokens == expected, number
+        assert reason == ("stop" if number in ends else "length")
+    assert batcher.cache.num_free == batcher.cache.num_pages
+
+
+@pytest.mark.parametrize("fails_at", [0, 3])
+def test_a_constraint_that_cannot_go_on_ends_its_own_request(fails_at: int) -> None:
+    model = tiny()
+    batcher = Batcher(model, max_rows=2, max_tokens=1024)
+    batcher.submit(prompt(9), constraint=EveryOther(model.config.vocab_size, fails_at=fails_at), stop_token_ids=())
+    batcher.submit(prompt(9), max_new_tokens=8, stop_token_ids=())
+    emitted = list(batcher.run())
+    found = gather(emitted)
+    assert len(found[0][0]) == fails_at and found[0][2] == "error"
+    assert [one.error for one in emitted if one.finish_reason == "error"] == ["no way to go on"]
+    assert found[1][0] == alone(model, prompt(9), max_new_tokens=8, stop_token_ids=())[0]
+
+
+def test_alternatives_are_the_models_most_likely_tokens() -> None:
+    """Log-probabilities as near as float32 comes (measured: 2.9e-6), under no mask and no temperature."""
+    model, ids = tiny(), prompt(30)
+    batcher = Batcher(model, max_rows=2, max_tokens=1024)
+    constraint = EveryOther(model.config.vocab_size)
+    batcher.submit(ids, constraint=constraint, num_alternatives=4, max_new_tokens=5, stop_token_ids=())
+    batcher.submit(ids, max_new_tokens=5, stop_token_ids=())
+    error = 0.0
+    for one in batcher.run():
+        if one.request == 1:
+            assert one.alternatives == ()
+            continue
+        with torch.no_grad():
+            logprobs = model(input_ids=ids[None]).logits[0, -1].log_softmax(dim=-1)
+        values, tokens = logprobs.topk(4)
+        assert [token for token, _ in one.alternatives] == tokens.tolist()
+        error = max(error, *(abs(a - b) for (_, a), b in zip(one.alternatives, values.tolist(), strict=True)))
+        error = max(error, abs(one.logprob - float(logprobs[one.token_id])))
+        ids = torch.cat((ids, torch.tensor([one.token_id])))
+    assert error < 2e-5, error
+    print("alternatives", error)
+
+
 def test_the_longest_request_ends_at_the_batchers_length() -> None:
     model = tiny()
     batcher = Batcher(model, max_rows=1, max_tokens=128, max_length=70)
@@ -178,6 +261,8 @@ def test_bad_arguments_are_named() -> None:
         batcher.submit(prompt(64))
     with pytest.raises(ValueError, match="temperature"):
         batcher.submit(prompt(4), temperature=-1)
+    with pytest.raises(ValueError, match="num_alternatives"):
+        batcher.submit(prompt(4), num_alternatives=21)
     with pytest.raises(ValueError, match="one prompt at a time"):
         batcher.submit(torch.ones(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="at least 1 row"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from every_other import EveryOther
 
 import phi35
 from phi35.generation import captured_steps, step_pool
@@ -103,3 +104,29 @@ def test_batched_requests_get_their_own_text(dtype: torch.dtype) -> None:
         out = generate(model, ids, max_new_tokens=count, stop_token_ids=(), fast=False, **one)
         assert found[number] == out[0, ids.shape[1] :].tolist()
     assert batcher.cache.num_free == batcher.cache.num_pages
+
+
+def test_constrained_requests_choose_alike_from_graphs_and_on_the_host() -> None:
+    """Masks of captured steps, with alternatives, beside the plain batcher: greedy and sampled, among free requests."""
+    model = tiny("tiny-phi-3.5-mini").to("cuda")
+    found = []
+    for mode in ("graphs", "plain"):
+        batcher = Batcher(model, max_rows=4, max_tokens=1024, chunk_size=32, mode=mode)
+        for number, length in enumerate((5, 28, 40, 90)):
+            batcher.submit(
+                batch_of(length)["input_ids"],
+                constraint=EveryOther(model.config.vocab_size) if number % 2 else None,
+                num_alternatives=3 * (number % 2),
+                max_new_tokens=24,
+                stop_token_ids=(),
+                temperature=0.8 if number == 3 else 0.0,
+                seed=number,
+            )
+        tokens: dict[int, list[int]] = {}
+        others: dict[int, list[int]] = {}
+        for emitted in batcher.run():
+            tokens.setdefault(emitted.request, []).append(emitted.token_id)
+            others.setdefault(emitted.request, []).extend(token for token, _ in emitted.alternatives)
+        found.append((tokens, others))
+    assert found[0] == found[1]
+    assert [token % 2 for token in found[0][0][1]] == [0, 1] * 12

@@ -10,12 +10,14 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from every_other import EveryOther
 
 import phi35
 from moe.kernels import decode_step
 from moe.layer import SparseMoE
 from phi35 import presets
 from phi35.generation.batcher import Batcher
+from phi35.generation.constraints import as_mask
 from phi35.generation.decoding import Decoding
 from phi35.generation.fast_step import DecodeStep
 from phi35.generation.sampling import SamplingOptions, next_tokens, row_generators
@@ -28,7 +30,10 @@ from phi35.kernels.tuning import StepTuning
 
 
 def batcher_case() -> dict[str, float]:
-    """Three requests over two rows of a paged cache, kernels and device choice included: wrong tokens."""
+    """Four requests over two rows of a paged cache, kernels and device choice included: wrong tokens.
+
+    One is constrained: to even ids, and told apart by its alternatives.
+    """
     model = phi35.create("tiny-phi-3.5-mini", seed=0, initializer_range=0.15, **FEW_TOKENS)
     requests = [(63, {}), (5, {"temperature": 0.9, "top_p": 0.9, "seed": 3}), (9, {"repetition_penalty": 1.5})]
     batcher, found, wrong = Batcher(model, max_rows=2, max_tokens=512, mode="kernels"), {}, 0
@@ -38,6 +43,9 @@ def batcher_case() -> dict[str, float]:
     for ids, (_, options) in zip(prompts, requests, strict=True):
         batcher.submit(ids, max_new_tokens=2, stop_token_ids=(), **options)
     error = 0.0
+    constrained = batcher.submit(
+        prompts[0], max_new_tokens=2, stop_token_ids=(), constraint=EveryOther(100), num_alternatives=3
+    )
     for one in batcher.run():
         found.setdefault(one.request, []).append(one)
     for number, (ids, (_, options)) in enumerate(zip(prompts, requests, strict=True)):
@@ -48,6 +56,12 @@ def batcher_case() -> dict[str, float]:
             alone.step()
         wrong += [one.token_id for one in found[number]] != alone.new_ids(0)
         error = max([error, *(abs(one.logprob - b) for one, b in zip(found[number], alone.logprobs(0), strict=True))])
+    plain = Batcher(model, max_rows=2, max_tokens=512, mode="plain")
+    plain.submit(prompts[0], max_new_tokens=2, stop_token_ids=(), constraint=EveryOther(100), num_alternatives=3)
+    for mine, theirs in zip(found[constrained], plain.run(), strict=True):
+        wrong += mine.token_id != theirs.token_id
+        wrong += [token for token, _ in mine.alternatives] != [token for token, _ in theirs.alternatives]
+        error = max(error, *(abs(a - b) for (_, a), (_, b) in zip(mine.alternatives, theirs.alternatives, strict=True)))
     return {"wrong": float(wrong), "logits": error}
 
 
@@ -186,8 +200,11 @@ def prompt_case(kv: int, group: int, head_dim: int, page: int = 0) -> dict[str, 
     return {"projected": relative(mine, expected)} | cache_errors(cache, plain)
 
 
-def sampling_case(changes: dict[str, float], rounded: bool) -> dict[str, float]:
-    """Wrong tokens, and the largest error of a log-probability, of three steps beside the host's sampling."""
+def sampling_case(changes: dict[str, float], rounded: bool, masked: bool = False) -> dict[str, float]:
+    """Wrong tokens, and the largest error of a log-probability, of three steps beside the host's sampling.
+
+    ``masked`` allows every row but the first a third of the tokens.
+    """
     options, batch, vocab, steps = SamplingOptions(**changes), 4, 90, 3
     generator = torch.Generator().manual_seed(4)
     state = StepState.new(batch, vocab, torch.device("cpu"), ring=2, draws=2)
@@ -199,13 +216,17 @@ def sampling_case(changes: dict[str, float], rounded: bool) -> dict[str, float]:
     seen = [set(torch.randint(0, vocab, (20,), generator=generator).tolist()) for _ in range(batch)]
     for row, ids in enumerate(seen):
         state.seen[row, list(ids)] = 1
+    allowed = torch.rand(batch, vocab, generator=generator) < (0.33 if masked else 1)
+    allowed[0] = True
+    state.allowed.copy_(as_mask(allowed))
+    state.masked[1:] = int(masked)
     ours, theirs = row_generators(7, batch), row_generators(7, batch)
     wrong, error = 0, 0.0
     for step in range(steps):
         logits = torch.randn(batch, vocab, generator=generator) * 3
         logits = logits.round() if rounded else logits
         state.draws[step % 2] = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in ours])
-        expected = next_tokens(logits, options, seen, theirs)
+        expected = next_tokens(logits.masked_fill(~allowed, float("-inf")), options, seen, theirs)
         sampling.choose(logits, state, False)
         wrong += sum(a != b for a, b in zip(state.history[step % 2].tolist(), expected, strict=True))
         chances = logits.log_softmax(dim=-1)[range(batch), expected]
@@ -307,4 +328,8 @@ if __name__ == "__main__":
         "batcher": batcher_case(),
     }
     report |= {f"choose {name}": sampling_case(changes, name in ("all", "top_p")) for name, changes in SAMPLING.items()}
+    report |= {
+        "choose masked": sampling_case({}, False, True),
+        "choose masked all": sampling_case(SAMPLING["all"], True, True),
+    }
     json.dump(report, sys.stdout, indent=1)
