@@ -20,6 +20,7 @@ from phi35.device import pick_device, pick_dtype
 from phi35.generation.decoding import Decoding
 from phi35.generation.stopping import stop_strings
 from phi35.generation.streaming import TextStream, text_of
+from phi35.image_cache import ImageFeatureCache
 from phi35.processor import IMAGE_TAG, Processor
 
 ROLE_TAGS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
@@ -202,6 +203,8 @@ def _loaded(
     model, processor = load(name, device=device, dtype=dtype)
     if processor is None:
         raise ValueError(f"{name} has no tokenizer, so that it cannot answer text: add its tokenizer.json")
+    if model.config.vision is not None:
+        model.image_feature_cache = ImageFeatureCache()
     return model, processor
 
 

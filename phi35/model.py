@@ -37,9 +37,13 @@ class CausalLM(nn.Module):
             again what costs no matrix product, the decoder's norms and activations, and keeps the rest.
         processor: tokenizer and image settings of the folder a model was loaded from (set by ``phi35.load``), so
             that ``phi35.generate`` takes the model alone.
+        image_feature_cache: where ``generate`` and the batcher keep features of pictures by content
+            (``phi35.image_cache.ImageFeatureCache``); None keeps none. ``phi35.generate`` gives one to models that it
+            loads, the batcher to the one that it serves.
     """
 
     processor: Any = None
+    image_feature_cache: Any = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -3,12 +3,18 @@
 After PagedAttention (arXiv 2309.06180). Page 0 belongs to nobody: what rows outside the batch still write goes there.
 The bookkeeping is the host's; the device reads two tables, one of the pages that a row owns, and one for decoding
 steps, in which rows that are not to be stepped own page 0 alone.
+
+Full pages may be shared: a page that was registered under the key of its contents (``phi35.prefix_cache``) is adopted
+by rows that begin alike, and stays when its last row ends until the room is needed.
 """
+
+from collections.abc import Sequence
 
 import torch
 
 from phi35.config import ModelConfig
 from phi35.kernels.operands import LayerCache
+from phi35.prefix_cache import PageIndex
 
 PAGE_SIZE = 64
 """Slots of a page: a multiple of the keys that a kernel takes per step."""
@@ -30,6 +36,7 @@ class PagedCache:
         rope_long: (rows,) bool, rows under the long factors.
         table: (rows, n) int32 pages that each row owns, 0 past them.
         step_table: (rows, n) int32, the same for rows that are stepped, else 0.
+        index: pages that can be found by their contents.
 
     Raises:
         ValueError: for fewer rows, pages or tokens than one row of one page needs.
@@ -63,16 +70,22 @@ class PagedCache:
         self._free = list(range(num_pages - 1, 0, -1))
         self._owned: list[list[int]] = [[] for _ in range(num_rows)]
         self._stepped = [False] * num_rows
+        self._num_owners = [0] * num_pages
+        self.index = PageIndex()
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody owns."""
-        return len(self._free)
+        """Pages that nobody owns, those among them whose contents could still be found."""
+        return len(self._free) + self.index.num_idle
 
     @property
     def num_pages(self) -> int:
         """Pages that rows can own."""
         return self.keys[0].shape[0] - 1
+
+    def num_owned(self, row: int) -> int:
+        """Pages that a row has."""
+        return len(self._owned[row])
 
     def missing(self, row: int, num_slots: int) -> int:
         """Pages that a row lacks for so many tokens."""
@@ -81,17 +94,45 @@ class PagedCache:
     def reserve(self, row: int, num_slots: int) -> bool:
         """Give a row pages for so many tokens; False, and nothing done, where there are too few."""
         count = self.missing(row, num_slots)
-        if count > len(self._free):
+        if count > self.num_free:
             return False
         if count:
-            owned, pages = self._owned[row], [self._free.pop() for _ in range(count)]
-            places = slice(len(owned), len(owned) + count)
-            written = torch.tensor(pages, dtype=torch.int32).to(self.table.device)
-            self.table[row, places] = written
-            if self._stepped[row]:
-                self.step_table[row, places] = written
-            owned += pages
+            self._give(row, [self._free.pop() if self._free else self.index.evict() for _ in range(count)])
         return True
+
+    def adopt(self, row: int, keys: Sequence[bytes]) -> int:
+        """Give a row without pages those whose contents go by these keys, up to the first that is not there.
+
+        Returns:
+            How many; the row only reads them.
+        """
+        assert not self._owned[row]
+        pages = self.index.find(keys)
+        for page in pages:
+            self.index.use(page)
+        if pages:
+            self._give(row, pages)
+        return len(pages)
+
+    def num_shared(self, keys: Sequence[bytes]) -> int:
+        """Pages that ``adopt`` would give and that other rows use at present."""
+        return sum(not self.index.is_idle(page) for page in self.index.find(keys))
+
+    def register(self, row: int, keys: Sequence[bytes]) -> None:
+        """Let a row's first pages be found by these keys; nobody may write to them from now on."""
+        for key, page in zip(keys, self._owned[row][: len(keys)], strict=True):
+            self.index.add(key, page)
+
+    def _give(self, row: int, pages: list[int]) -> None:
+        owned = self._owned[row]
+        places = slice(len(owned), len(owned) + len(pages))
+        written = torch.tensor(pages, dtype=torch.int32).to(self.table.device)
+        self.table[row, places] = written
+        if self._stepped[row]:
+            self.step_table[row, places] = written
+        owned += pages
+        for page in pages:
+            self._num_owners[page] += 1
 
     def set_stepped(self, row: int, stepped: bool) -> None:
         """Whether decoding steps work on a row, or write its part to page 0."""
@@ -106,8 +147,16 @@ class PagedCache:
         """Take a row's pages back. Steps that were queued before may still write to them."""
         self.set_stepped(row, False)
         self.table[row] = 0
-        self._free += reversed(self._owned[row])
+        # The last page first: without the pages before it, it could not be found, so that it must go before them.
+        for page in reversed(self._owned[row]):
+            self._num_owners[page] -= 1
+            if self._num_owners[page] == 0 and not self.index.leave(page):
+                self._free.append(page)
         self._owned[row] = []
+
+    def forget(self) -> None:
+        """Let no page be found any more, as after a change of the model's weights."""
+        self._free += self.index.clear()
 
     def layer(self, number: int) -> LayerCache:
         """One layer of all rows, as prompts are read into it."""

@@ -127,6 +127,14 @@ class VisionEmbedding(nn.Module):
         grids = self._grids(image_sizes, pixel_values)
         return list(self._features(pixel_values, grids).split(self._num_tokens(grids)))
 
+    def crops_per_image(self, image_sizes: Tensor | Sequence[Sequence[int]] | None, pixel_values: Tensor) -> list[int]:
+        """How many of the crops (C, 3, S, S) are each image's.
+
+        Raises:
+            ValueError: as of ``features``.
+        """
+        return [1 + rows * columns for rows, columns in self._grids(image_sizes, pixel_values)]
+
     def _features(self, pixel_values: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         """(tokens, D) of all images, one after the other."""
         first_crop = list(accumulate((1 + rows * columns for rows, columns in grids), initial=0))

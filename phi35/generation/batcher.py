@@ -22,8 +22,10 @@ from phi35.generation.fast_step import DecodeStep, limit
 from phi35.generation.request_state import RequestState
 from phi35.generation.requests import Emitted, Queued, Request
 from phi35.generation.rows import crosses, finish_reason, rope_length
+from phi35.image_cache import ImageFeatureCache
 from phi35.kernels.operands import StepState
 from phi35.paged_cache import PAGE_SIZE, PagedCache, PagedRows
+from phi35.prefix_cache import PageKeys, PrefixStatistics
 from phi35.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,9 @@ class Batcher:
         chunk_size: most prompt tokens that are read between two steps.
         tokenizer: needed by stop strings alone.
         mode: "graphs", "kernels" (without graphs) or "plain"; None takes graphs where the model and its device can.
+        prefix_caching: keep full pages when requests end, and let those that begin alike use them (the weights must
+            stay as they are, or ``cache.forget()`` be called). Pictures count by content, so that a vision model
+            without an ``image_feature_cache`` is given one.
 
     Raises:
         ValueError: for sizes below 1, or "graphs" where they cannot be had.
@@ -58,6 +63,7 @@ class Batcher:
         chunk_size: int = 2048,
         tokenizer: Tokenizer | None = None,
         mode: str | None = None,
+        prefix_caching: bool = True,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens), ("chunk_size", chunk_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -79,6 +85,14 @@ class Batcher:
         self._queue: collections.deque[Queued] = collections.deque()
         self._ready: list[Emitted] = []
         self._count = 0
+        self.prefix_caching = prefix_caching
+        if prefix_caching and self.config.vision is not None and model.image_feature_cache is None:
+            model.image_feature_cache = ImageFeatureCache()
+
+    @property
+    def prefix_statistics(self) -> PrefixStatistics:
+        """How many of the prompts' tokens had their keys in the cache already."""
+        return self.cache.index.statistics
 
     @property
     def num_waiting(self) -> int:
@@ -142,6 +156,7 @@ class Batcher:
             checked.stop_ids,
             constraint=constraint,
             num_alternatives=num_alternatives,
+            images=tuple(checked.image_digests),
         )
         self._count += 1
         self._waiting.append(request)
@@ -177,6 +192,8 @@ class Batcher:
         while self._waiting and None in self._slots:
             request = self._waiting[0]
             wanted = -(-(len(request.row.ids) + 1) // PAGE_SIZE)
+            if self.prefix_caching:
+                wanted -= self.cache.num_shared(self._choose_factors(request))
             if wanted > self.cache.num_free and self.num_active:
                 return
             slot = self._slots.index(None)
@@ -195,6 +212,8 @@ class Batcher:
         room = self.chunk_size
         while self._reading and room:
             request = self._reading[0]
+            if request.num_read == 0:
+                self._begin_reading(request)
             part = min(room, len(request.row.ids) - request.num_read)
             # A request whose part is in the chunk already must not be sent back for the sake of another.
             assert request.slot is not None
@@ -203,7 +222,7 @@ class Batcher:
                 break
             whole = request.num_read + part == len(request.row.ids)
             chunk.append(Segment(len(prompts), request.num_read, part, whole))
-            prompts.append(self._prompt(request))
+            prompts.append(Prompt(request.row.ids, request.row.embeds, request.slot, request.row.rope_long))
             readers.append(request)
             request.num_read, room = request.num_read + part, room - part
             if whole:
@@ -212,20 +231,45 @@ class Batcher:
             return False
         work = PromptPass(self.model, self.cache, prompts, self.mode == "plain")
         hidden = work.run(chunk)
+        self.prefix_statistics.prompt_tokens += len(hidden)
+        for request in readers:
+            self._register(request)
         ends = torch.tensor([segment.length for segment in chunk]).cumsum(0).tolist()
         done = [place for place, segment in enumerate(chunk) if segment.last]
         if done:
             self._begin([readers[place] for place in done], work.logits(hidden[[ends[place] - 1 for place in done]]))
         return True
 
-    def _prompt(self, request: Request) -> Prompt:
+    def _choose_factors(self, request: Request) -> list[bytes]:
+        """Decide the LongRoPE factors under which a request is read next; the keys of its ids' full pages.
+
+        The last id is always read, whose logits are wanted.
+        """
         row = request.row
-        if request.num_read == 0:
-            row.rope_long = self.config.rope_scaling is not None and (
-                rope_length(row, self.config, request.options) > self.config.original_max_position_embeddings
-            )
+        row.rope_long = self.config.rope_scaling is not None and (
+            rope_length(row, self.config, request.options) > self.config.original_max_position_embeddings
+        )
+        if not self.prefix_caching:
+            return []
+        if request.page_keys is None or request.page_keys.use_long != row.rope_long:
+            image_id = None if self.config.vision is None else self.config.vision.image_token_id
+            request.page_keys = PageKeys(PAGE_SIZE, row.rope_long, request.images, image_id)
+        return request.page_keys.first(row.ids, (len(row.ids) - 1) // PAGE_SIZE)
+
+    def _begin_reading(self, request: Request) -> None:
+        """Choose a request's factors and take what other requests have read of its ids."""
         assert request.slot is not None
-        return Prompt(row.ids, row.embeds, request.slot, row.rope_long)
+        keys = self._choose_factors(request)
+        if self.prefix_caching and not self.cache.num_owned(request.slot):
+            request.num_read = PAGE_SIZE * self.cache.adopt(request.slot, keys)
+            self.prefix_statistics.prompt_tokens += request.num_read
+            self.prefix_statistics.hit_tokens += request.num_read
+
+    def _register(self, request: Request) -> None:
+        """Let others find the full pages of a request."""
+        if self.prefix_caching and request.slot is not None and request.page_keys is not None:
+            count = request.num_cached // PAGE_SIZE
+            self.cache.register(request.slot, request.page_keys.first(request.row.ids, count))
 
     def _begin(self, requests: list[Request], logits: torch.Tensor) -> None:
         """Choose the first tokens after prompts that have been read, and let steps serve them."""
@@ -372,9 +416,10 @@ class Batcher:
         self._waiting.appendleft(request)
 
     def _read_again(self, request: Request) -> None:
-        """A running request whose keys are to be computed anew, in the same pages."""
+        """A running request whose keys are to be computed anew; others may go on using its pages."""
         assert request.slot is not None
-        self.cache.set_stepped(request.slot, False)
+        self._register(request)
+        self.cache.release(request.slot)
         request.running, request.num_read = False, 0
         self._reading.insert(0, request)
 
@@ -388,6 +433,7 @@ class Batcher:
         if request in self._reading:
             self._reading.remove(request)
         if request.slot is not None:
+            self._register(request)
             self.cache.release(request.slot)
             self._slots[request.slot] = None
         request.slot, request.running, request.num_read = None, False, 0

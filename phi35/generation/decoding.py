@@ -114,6 +114,9 @@ class Decoding:
     """A generation in progress, one token for every unfinished row at each ``step``.
 
     Arguments are those of ``generate``.
+
+    Attributes:
+        image_digests: digest of each picture's content, where the model keeps image features by content.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class Decoding:
         self.stop_ids = frozenset(self.config.stop_token_ids if stop_ids is None else stop_ids)
         self._input_ids = input_ids.to(model.device)
         keep = mask.to(model.device).bool()
+        self.image_digests: list[bytes] = []
         embeds = self._embeds(pixel_values, image_sizes)
         image_id = None if self.config.vision is None else self.config.vision.image_token_id
         generators = row_generators(self.options.seed, len(input_ids))
@@ -210,8 +214,12 @@ class Decoding:
         training = self.model.training
         self.model.eval()
         try:
-            pixels = pixel_values.to(embeds.device, embeds.dtype)
-            return self.model.model.vision_embed_tokens(self._input_ids, embeds, pixels, image_sizes)
+            pixels, embedding = pixel_values.to(embeds.device, embeds.dtype), self.model.model.vision_embed_tokens
+            cache = self.model.image_feature_cache
+            if cache is None or training:
+                return embedding(self._input_ids, embeds, pixels, image_sizes)
+            features, self.image_digests = cache.features(embedding, pixels, image_sizes)
+            return embedding(self._input_ids, embeds, image_features=features)
         finally:
             self.model.train(training)
 

@@ -5,6 +5,7 @@ of the cache, and attention runs prompt by prompt, over the cache where a prompt
 row stands under the LongRoPE factors that its announced length chooses. Only last tokens reach the head.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +123,7 @@ class PromptPass:
 
     @torch.no_grad()
     def run(self, chunk: list[Segment]) -> torch.Tensor:
-        """Hidden states (N, D) of a chunk's tokens after the last layer; only the first prompt may have begun."""
+        """Hidden states (N, D) of a chunk's tokens after the last layer; one segment a prompt."""
         decoder = self.model.model
         hidden = torch.cat([self._embeddings(segment) for segment in chunk])
         tokens = self._token_table(chunk, hidden.device)
@@ -186,17 +187,20 @@ class PromptPass:
         """(N, H d) attention of every token over its prompt up to itself."""
         head_dim, num_heads = cache.head_dim, self.config.num_attention_heads
         heads = projected.view(len(projected), -1, head_dim)
-        begun = 1 if chunk[0].start else 0
-        first = chunk[0].length if begun else 0
-        parts = []
-        if begun:
-            place, end = self.prompts[chunk[0].prompt].place, chunk[0].start + first
-            past = cache.read(place, end)
-            parts.append(_over_cache(heads[:first, :num_heads], *past, self.config.sliding_window))
-        if begun < len(chunk):
-            split = (num_heads, cache.num_kv, cache.num_kv)
-            query, key, value = (part.transpose(0, 1)[None] for part in heads[first:].split(split, dim=1))
-            parts.append(self._fresh(query, key, value, [segment.length for segment in chunk[begun:]]))
+        split = (num_heads, cache.num_kv, cache.num_kv)
+        parts, end = [], 0
+        for begun, run in itertools.groupby(chunk, lambda segment: segment.start > 0):
+            lengths = []
+            for segment in run:
+                start, end = end, end + segment.length
+                if begun:
+                    past = cache.read(self.prompts[segment.prompt].place, segment.start + segment.length)
+                    parts.append(_over_cache(heads[start:end, :num_heads], *past, self.config.sliding_window))
+                lengths.append(segment.length)
+            if not begun:
+                fresh = heads[end - sum(lengths) : end].split(split, dim=1)
+                query, key, value = (part.transpose(0, 1)[None] for part in fresh)
+                parts.append(self._fresh(query, key, value, lengths))
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1)
 
     def _fresh(

@@ -8,6 +8,7 @@ from phi35.generation.constraints import TokenConstraint
 from phi35.generation.decoding import DecodingOptions
 from phi35.generation.rows import Row
 from phi35.kernels.operands import StepState
+from phi35.prefix_cache import PageKeys
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,6 +29,8 @@ class Request:
         constraint: says which tokens may come next; None leaves all.
         mask: what it said last, for the choice at hand.
         num_alternatives: how many of the most likely tokens are told beside each token.
+        images: digest of each of its pictures.
+        page_keys: keys of its full pages under its present factor set; None without prefix caching or before.
     """
 
     number: int
@@ -43,6 +46,13 @@ class Request:
     constraint: TokenConstraint | None = None
     mask: torch.Tensor | None = None
     num_alternatives: int = 0
+    images: tuple[bytes, ...] = ()
+    page_keys: PageKeys | None = None
+
+    @property
+    def num_cached(self) -> int:
+        """Ids whose keys are in the cache and that the host knows."""
+        return max(0, len(self.row.ids) - 1) if self.running else self.num_read
 
     @property
     def length(self) -> int:
