@@ -18,6 +18,9 @@ from phi35.quantization.cpu import native
 BLOCK_VALUES = 2**22
 """Weights that the plain way restores at once."""
 
+GPU_BLOCK_VALUES = 2**26
+"""The same in the backward pass on a GPU, whose product wants large blocks (128 MiB in bfloat16)."""
+
 
 def quantized_linear(
     hidden_states: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None
@@ -96,14 +99,26 @@ def plain_product(
     return out
 
 
+def restored(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """The whole weight (..., rows, columns) in ``dtype``: as much memory as it would take unquantized."""
+    one, columns = weight.format, weight.shape[-1]
+    # Stacked rows stand one behind the other; zero points are packed along rows, which end with whole words.
+    flat = QuantizedTensor.of(one, {name: part.reshape(-1, part.shape[-1]) for name, part in weight.tensors().items()})
+    return _restored(flat, 0, flat.shape[0], dtype).view(*weight.shape[:-1], columns)
+
+
 def _restored(weight: QuantizedTensor, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
     if native.takes(dtype, weight):
         return native.restore(weight, start, stop, dtype)
+    if weight.codes.is_cuda and _gpu_missing(weight.codes.device) is None:
+        from phi35.quantization.kernels import matrix
+
+        return matrix.restore(weight, start, stop, dtype)
     return dequantize(weight.rows(start, stop), dtype)
 
 
-def _block(rows: int, columns: int, multiple: int) -> int:
-    return min(rows, max(1, BLOCK_VALUES // columns // multiple) * multiple)
+def _block(rows: int, columns: int, multiple: int, values: int = BLOCK_VALUES) -> int:
+    return min(rows, max(1, values // columns // multiple) * multiple)
 
 
 class _Product(torch.autograd.Function):
@@ -120,7 +135,7 @@ class _Product(torch.autograd.Function):
         grad, weight = grads[0], ctx.weight
         rows, columns = weight.shape
         total = torch.zeros((grad.shape[0], columns), dtype=torch.float32, device=grad.device)
-        step = _block(rows, columns, weight.format.per_word)
+        step = _block(rows, columns, weight.format.per_word, GPU_BLOCK_VALUES if grad.is_cuda else BLOCK_VALUES)
         for start in range(0, rows, step):
             part = _restored(weight, start, min(start + step, rows), grad.dtype)
             total += grad[:, start : start + step] @ part

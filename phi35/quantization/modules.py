@@ -88,6 +88,11 @@ class QuantizedLinear(FewBitModule):
         self.hold("weight", one, (out_features, in_features), scale_dtype)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The codes, by the name under which PEFT looks for a quantized layer's device."""
+        return self.held().codes
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
         return quantized_linear(hidden_states, self.held(), self.bias)

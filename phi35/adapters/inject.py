@@ -1,0 +1,167 @@
+"""Adapters put into a model in place, switched off and on, and merged.
+
+PEFT does most of it (``inject_adapter_in_model``), told of this package's layers by
+``phi35.adapters.layers.register``; experts in few bits, which have no parameters for it to find, are wrapped here.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from phi35.adapters.config import EXPERT_PARAMETERS, ROUTER_PARAMETER, AdapterConfig, expert_names, linear_names
+
+ADAPTER = "default"
+"""PEFT's name of an adapter where nobody gives another."""
+
+
+def add_adapter(model: Any, config: AdapterConfig, seed: int | None = None) -> Any:
+    """Puts a fresh adapter into a model, in place, and freezes everything else.
+
+    A starts random, B at zero, so that the model computes what it did. The adapter's tensors are float32 beside
+    bfloat16 weights.
+
+    Args:
+        model: a ``CausalLM`` with its weights, plain or in few bits, or a model that wraps one.
+        config: the adapter.
+        seed: of A, which is drawn on the CPU; None draws from torch's global generator.
+
+    Returns:
+        The ``peft.LoraConfig`` that describes it.
+
+    Raises:
+        ValueError: if the model lacks a place that is asked for, or has an adapter already.
+    """
+    from peft import LoraConfig
+
+    inner = getattr(model, "causal_lm", model)
+    places = config.resolve(inner.config)
+    lora_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT computes with it alone
+        lora_dropout=config.dropout,
+        use_dora=config.dora,
+        use_rslora=config.rslora,
+        target_modules=linear_names(model, places),
+        target_parameters=_parameters(places),
+        task_type="CAUSAL_LM",
+    )
+    with _seeded(seed):
+        return inject(model, lora_config)
+
+
+def inject(model: Any, lora_config: Any, adapter_name: str = ADAPTER) -> Any:
+    """Puts the adapter that a ``peft.LoraConfig`` describes into a model, in place; returns the config.
+
+    Raises:
+        ValueError: as PEFT, or if the model has an adapter of that name.
+    """
+    from peft import inject_adapter_in_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    from phi35.adapters.layers import register
+
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise ValueError(f"the model has an adapter {adapter_name!r} already: merge it or load the model anew")
+    wanted = list(lora_config.target_parameters or ())
+    few_bits = [name for name in expert_names(model) if hasattr(model.get_submodule(name), "held")]
+    in_few_bits = [name for name in EXPERT_PARAMETERS if few_bits and f"mlp.experts.{name}" in wanted]
+    left = [name for name in wanted if name.rpartition(".")[2] not in in_few_bits]
+    modules = lora_config.target_modules
+    lora_config.target_parameters = left or None
+    if not left and not modules:
+        lora_config.target_modules = DUMMY_TARGET_MODULES
+    inject_adapter_in_model(register(lora_config), model, adapter_name)
+    for name in few_bits:
+        _wrap_few_bits(model, name, in_few_bits, lora_config, adapter_name)
+    if lora_config.target_modules == DUMMY_TARGET_MODULES:
+        lora_config.target_modules = modules
+    lora_config.target_parameters = wanted or None
+    model.train(model.training)  # new layers begin in training mode
+    return lora_config
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's, by its name."""
+    return ".lora_" in name
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within it the model computes what it does without its adapters.
+
+    Nothing but a flag changes: PEFT's own switch takes the adapters' ``requires_grad`` away, too, which an engine in
+    training relies on.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    before = [module._disable_adapters for module in layers]
+    try:
+        for module in layers:
+            module._disable_adapters = True  # type: ignore[assignment]
+        yield
+    finally:
+        for module, value in zip(layers, before, strict=True):
+            module._disable_adapters = value
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Adds the active adapters to the weights and takes their layers out, in place.
+
+    Raises:
+        ValueError: without adapters, or for weights in few bits, before anything changes.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from phi35.adapters.layers import NO_MERGE
+
+    layers: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in layers)  # experts' wrappers lie in one another
+        if isinstance(module, BaseTunerLayer) and not inside:
+            layers[name] = module
+    if not layers:
+        raise ValueError("the model has no adapter to merge")
+    for layer in layers.values():
+        if hasattr(layer.get_base_layer(), "held"):
+            raise ValueError(NO_MERGE)
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        if hasattr(layer, "unload_and_optionally_merge_module"):
+            plain = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        else:
+            layer.merge()
+            plain = layer.get_base_layer()
+        setattr(model.get_submodule(parent), child, plain)
+    del model.peft_config
+    return model
+
+
+def _parameters(places: tuple[str, ...]) -> list[str] | None:
+    """Parameters at some places, as PEFT takes them."""
+    found = [f"mlp.experts.{name}" for name in EXPERT_PARAMETERS] if "experts" in places else []
+    return found + ([ROUTER_PARAMETER] if "router" in places else []) or None
+
+
+def _wrap_few_bits(model: nn.Module, name: str, parameters: list[str], lora_config: Any, adapter_name: str) -> None:
+    """Wraps experts in few bits as PEFT wraps plain ones: the first parameter innermost."""
+    from phi35.adapters.layers import ParamWrapper
+
+    parent, _, child = name.rpartition(".")
+    experts: Any = model.get_submodule(name)
+    for parameter in parameters:
+        options = {"r": lora_config.r, "lora_alpha": lora_config.lora_alpha, "parameter_name": parameter}
+        experts = ParamWrapper(experts, adapter_name, config=lora_config, **options)
+    setattr(model.get_submodule(parent), child, experts)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
