@@ -68,7 +68,8 @@ CASES: dict[str, Case] = {
     "mini transformers+liger kept": Case(group="mini", side="transformers", rows=2, settings={"liger": True}),
     "moe-8": Case(group="moe-8", **_MOE, settings=_STATES16),
     "moe-8 x2": Case(group="moe-8", **_MOE, rows=2, settings=_STATES16),
-    "moe-8 transformers": Case(group="moe-8", **_MOE, side="transformers", rows=2),
+    "moe-8 transformers": Case(group="moe-8", **_MOE, side="transformers"),
+    "moe-8 transformers x2": Case(group="moe-8", **_MOE, side="transformers", rows=2),
     "moe-5": Case(group="moe-5", preset="phi-3.5-moe", changes={"num_hidden_layers": 5}),
     "vision": Case(
         group="vision",
@@ -180,10 +181,16 @@ def draw_batch(case: Case, device: torch.device, generator: torch.Generator) -> 
             input_ids[:, 1 + image * each : 1 + (image + 1) * each] = -1 - image
         labels[:, : 1 + case.images * each] = -100
         num_crops = 5 * case.images * case.rows
-        batch["pixel_values"] = torch.randn(num_crops, 3, side, side, generator=generator).to(device)
+        batch["pixel_values"] = without_waiting(torch.randn(num_crops, 3, side, side, generator=generator), device)
         batch["image_sizes"] = torch.tensor([[2 * side, 2 * side]] * (case.images * case.rows))
     count = count_label_tokens(labels)
-    return {"input_ids": input_ids.to(device), "labels": labels.to(device), **batch}, count
+    batch |= {"input_ids": without_waiting(input_ids, device), "labels": without_waiting(labels, device)}
+    return batch, count
+
+
+def without_waiting(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device that the host does not wait for, as a loader with pinned memory makes it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def build_transformers(case: Case, device: torch.device) -> nn.Module:

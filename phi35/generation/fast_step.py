@@ -17,7 +17,7 @@ from phi35.kernels import availability
 from phi35.kernels.operands import Rope, StepState, norm_of
 from phi35.kernels.operations import BatchOperations, PlainOperations, VectorOperations
 from phi35.kernels.tuning import DEFAULT, StepTuning
-from phi35.norm import RMSNorm
+from phi35.norm import LayerNorm, RMSNorm
 from phi35.registry import resolve
 
 
@@ -162,9 +162,11 @@ def limit(model: Any) -> str | None:
 
     Modules of other kinds than the decoder's own are no reason: they run as they are.
     """
-    reason = availability.missing(model.device)
-    if reason is not None:
-        return reason
+    return availability.missing(model.device) or model_limit(model)
+
+
+def model_limit(model: Any) -> str | None:
+    """Why no device could take a model's step by kernels, or None."""
     if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its activations are {model.dtype}"
     decoder = model.model
@@ -179,7 +181,7 @@ def limit(model: Any) -> str | None:
         if type(layer.self_attn) is not Attention or layer._forward_hooks or layer._forward_pre_hooks:
             return f"a layer is not the decoder's own: {type(layer.self_attn).__name__}, or one with hooks"
         for norm in (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm):
-            if type(norm) not in (RMSNorm, nn.LayerNorm) or norm.weight.dtype != model.dtype:
+            if type(norm) not in (RMSNorm, LayerNorm, nn.LayerNorm) or norm.weight.dtype != model.dtype:
                 return f"a norm is {type(norm).__name__} of {norm.weight.dtype}"
     return None
 

@@ -15,7 +15,7 @@ from phi35.generation import captured_steps, step_pool
 from phi35.generation.captured_steps import CapturedSteps
 from phi35.generation.decoding import Decoding, generate
 from phi35.generation.fast_prefill import segments
-from phi35.generation.fast_step import DecodeStep, limit
+from phi35.generation.fast_step import DecodeStep, limit, model_limit
 from phi35.model import CausalLM
 
 
@@ -176,3 +176,14 @@ def test_log_probabilities_need_to_be_asked_for() -> None:
     decoding = run(tiny(), batch_of(4), False, max_new_tokens=2)
     with pytest.raises(ValueError, match="return_logprobs"):
         decoding.logprobs(0)
+
+
+@pytest.mark.parametrize("name", ["tiny-phi-3.5-mini", "tiny-phi-3.5-moe", "tiny-phi-3.5-vision"])
+def test_the_familys_own_modules_can_all_be_captured(name: str) -> None:
+    assert model_limit(phi35.create(name, device="meta", dtype="bfloat16")) is None
+
+
+def test_a_norm_of_another_kind_is_named() -> None:
+    model = phi35.create("tiny-phi-3.5-mini")
+    model.model.norm = torch.nn.RMSNorm(model.config.hidden_size)
+    assert "RMSNorm" in str(model_limit(model))
