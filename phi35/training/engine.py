@@ -16,6 +16,7 @@ from phi35.training.config import TrainingConfig
 from phi35.training.deepspeed_config import handed_over, merge, to_deepspeed
 from phi35.training.environment import Environment
 from phi35.training.flat_layout import pieces_of
+from phi35.training.gradient_norm import GradientNorm
 from phi35.training.gradient_sum import sum_gradients
 from phi35.training.loss import auxiliary_losses
 from phi35.training.mixed_precision import MixedPrecisionAdamW, build_optimizer
@@ -97,7 +98,8 @@ class Engine:
             self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             # DeepSpeed's own clipping averages the ranks' norms of the experts.
             self.deepspeed.clip_fp32_gradients = lambda: None
-            self._guard = UpdateGuard(optimizer, self._trained, config.gradient_clipping, global_gradient_norm)
+            self._norm = GradientNorm(self._trained, ahead=environment.world_size == 1)
+            self._guard = UpdateGuard(optimizer, self._trained, config.gradient_clipping, self._norm)
             self.deepspeed.zero_grad = self._zero_grad
             self.deepspeed.enable_backward_allreduce = False  # it would copy every gradient twice
         self.average: WeightAverage | None = None
@@ -144,7 +146,7 @@ class Engine:
         weights = {"balance": config.router_aux_loss_coef or 0.0, "z": config.router_z_loss_coef}
         total: torch.Tensor | None = None
         auxiliary: dict[str, torch.Tensor] = {}
-        outputs = []
+        outputs: list[CausalLMOutput] = []
         for batch, tokens in zip(batches, num_tokens, strict=True):
             # Around the backward pass too: a recomputed layer must take the kernel whose outputs were kept.
             with fast_attention(self.environment.device):
@@ -159,12 +161,15 @@ class Engine:
                     auxiliary[name] = auxiliary.get(name, 0.0) + value.detach() / count
                 if config.zero_stage == 0:
                     objective = objective / world_size  # gradients are added, not averaged
+                    self._norm.watching = len(outputs) == count - 1
                 self.deepspeed.backward(poisoned(objective), scale_wrt_gas=False)
             if config.zero_stage == 0 and world_size > 1 and self.deepspeed.is_gradient_accumulation_boundary():
                 sum_gradients(self._trained)
             self.deepspeed.step()
             total = share.detach() if total is None else total + share.detach()
             outputs.append(_detached(output))
+        if config.zero_stage == 0:
+            self._norm.watching = False
         assert total is not None
         norm = self._gradient_norm()
         if self.average is not None:
@@ -201,29 +206,6 @@ def shard_experts(model: nn.Module, config: TrainingConfig) -> None:
     """Leaves this rank its part of the experts (``ep_size`` > 1), in place."""
     if config.ep_size is not None and config.ep_size > 1:
         resolve("moe.expert_parallel:shard")(model, config.ep_size, config.ep_chunks)
-
-
-def global_gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Norm of all gradients, each expert counted once, where gradients are already averaged.
-
-    Args:
-        parameters: with gradients; expert-parallel ones carry ``allreduce=False`` and ``group_name``.
-    """
-    squares = _squares([parameter for parameter in parameters if getattr(parameter, "allreduce", True)])
-    experts = [parameter for parameter in parameters if not getattr(parameter, "allreduce", True)]
-    for name in sorted({parameter.group_name for parameter in experts}):  # type: ignore[attr-defined]
-        local = _squares([parameter for parameter in experts if parameter.group_name == name])  # type: ignore[attr-defined]
-        distributed.all_reduce(local, group=resolve("moe.deepspeed_adapter:expert_group")(name))
-        squares = squares + local
-    return squares.sqrt()
-
-
-def _squares(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Sum of the squares of all gradients; float32 from the start, where a norm of bfloat16 would be rounded to it."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not grads:
-        return parameters[0].new_zeros((), dtype=torch.float32)
-    return torch.stack(torch._foreach_norm(grads, 2.0, torch.float32)).square().sum()
 
 
 def _detached(output: CausalLMOutput) -> CausalLMOutput:

@@ -45,7 +45,7 @@ def train(rank, ep_size, zero_stage=0, checkpointing=False, starved=None, chunks
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    from phi35.training.engine import global_gradient_norm
+    from phi35.training.gradient_norm import global_gradient_norm
 
     model = initial_model(starved).train()
     model.gradient_checkpointing = checkpointing

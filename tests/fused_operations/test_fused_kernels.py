@@ -41,6 +41,12 @@ def test_optimizer_kernel_equals_torch(report):
     assert report["optimizer"]["bfloat16 states"] == 0
 
 
+def test_the_norm_of_gradients_equals_float64(report):
+    assert len(report["gradient norm"]) == 10
+    for name, error in report["gradient norm"].items():
+        assert error < 1e-6, name  # measured: at most 6e-8
+
+
 def test_whole_models_equal_the_plain_form(report):
     assert len(report["models"]) == 2
     assert max(report["models"].values()) < 1e-5  # measured: 8e-7

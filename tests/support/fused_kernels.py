@@ -18,6 +18,7 @@ from phi35.kernels import adamw
 from phi35.loading import create
 from phi35.training import mixed_precision
 from phi35.training.acceleration import fuse
+from phi35.training.gradient_norm import GradientNorm, global_gradient_norm, sum_of_squares
 
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -156,6 +157,34 @@ def optimizer() -> dict[str, float]:
     return report
 
 
+def gradient_norm() -> dict[str, float]:
+    """Norms found during a backward pass: two micro-batches, a tensor of several parts, one without a gradient."""
+    report = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        used = torch.nn.Parameter(draw(70_001, dtype=dtype))
+        early = torch.nn.Parameter(draw(3, 40, seed=1, dtype=dtype))
+        never = torch.nn.Parameter(draw(5, seed=2, dtype=dtype))
+        norm = GradientNorm([used, early, never], ahead=True)
+        for step in range(2):  # what the first step leaves must not reach the second
+            for batch in range(2):
+                norm.watching = batch == 1
+                both = (used * draw(70_001, seed=3 + batch, dtype=dtype)).sum() * (batch + step + 1)
+                (both + early.square().sum() if batch == 0 else both).backward()
+            norm.watching = False
+            found = norm([used, early])
+            wanted = torch.stack([used.grad.double().norm(), early.grad.double().norm()]).norm()
+            report[f"{name}, step {step}"] = relative(found, wanted)
+            used.grad = early.grad = None
+        norm.watching = True
+        (early * 2).sum().backward()
+        report[f"{name}, one gradient"] = relative(norm([early]), early.grad.double().norm())
+        used.grad = draw(70_001, seed=6, dtype=dtype)
+        report[f"{name}, afterwards"] = relative(sum_of_squares([used, never]).sqrt(), used.grad.double().norm())
+        early.grad[1, 3] = torch.inf
+        report[f"{name}, infinite"] = float(global_gradient_norm([used, early]) != torch.inf)
+    return report
+
+
 def models() -> dict[str, float]:
     """Tiny models whole: loss and gradients of the fused form against the plain one."""
     report = {}
@@ -175,5 +204,5 @@ def models() -> dict[str, float]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     report = {"norms": norms(), "activations": activations(), "rotary": rotary(), "head": head()}
-    report |= {"optimizer": optimizer(), "models": models()}
+    report |= {"optimizer": optimizer(), "gradient norm": gradient_norm(), "models": models()}
     json.dump(report, sys.stdout)

@@ -1,0 +1,101 @@
+"""The global norm of all gradients, exact whatever is sharded, and on one GPU found while the backward pass runs.
+
+A norm that is taken after the backward pass reads every gradient once more before the first weight can move. Where one
+process holds all gradients, each is read as soon as it is there instead, by kernels beside the backward pass's own.
+"""
+
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from phi35.fused import uses_kernels
+from phi35.registry import resolve
+
+
+class GradientNorm:
+    """Norm of the gradients of some parameters, each expert counted once, where gradients are already averaged.
+
+    Args:
+        parameters: all that may have gradients; expert-parallel ones carry ``allreduce=False`` and ``group_name``.
+        ahead: sum the squares of a gradient when the backward pass has made it, as far as ``watch`` asks for it. Only
+            where the gradients are not reduced over processes afterwards.
+
+    Attributes:
+        watching: whether a gradient that is accumulated now is the step's last.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], ahead: bool) -> None:
+        self.watching = False
+        self._parts: dict[nn.Parameter, torch.Tensor] = {}
+        self._seen: set[nn.Parameter] = set()
+        self._buffer = torch.empty(0)
+        if ahead and parameters and uses_kernels(parameters[0]):
+            self._set_up(parameters)
+
+    def __call__(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """The norm, a float32 scalar on the gradients' device; ``parameters``: those with gradients."""
+        if self._parts:
+            return self._sum_of_parts(parameters).sqrt()
+        return global_gradient_norm(parameters)
+
+    def _set_up(self, parameters: list[nn.Parameter]) -> None:
+        counts = [resolve("phi35.kernels.squares:num_parts")(parameter.numel()) for parameter in parameters]
+        device = parameters[0].device
+        self._buffer = torch.zeros(sum(counts), dtype=torch.float32, device=device)
+        self._parts = dict(zip(parameters, self._buffer.split(counts), strict=True))
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._note)
+
+    def _note(self, parameter: Any) -> None:
+        """A gradient was accumulated."""
+        if not self.watching:
+            return
+        self._seen.add(parameter)
+        if self._stream is None:
+            self._write(parameter)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._write(parameter)
+
+    def _write(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        resolve("phi35.kernels.squares:write_parts")(parameter.grad.contiguous(), self._parts[parameter])
+
+    def _sum_of_parts(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        for parameter in set(parameters) - self._seen:  # its last micro-batch gave it none
+            self._write(parameter)
+        for parameter in self._parts.keys() - set(parameters):
+            self._parts[parameter].zero_()
+        self._seen.clear()
+        return self._buffer.sum()
+
+
+def global_gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Norm of all gradients after the backward pass, where they are already averaged; see ``GradientNorm``."""
+    squares = sum_of_squares([parameter for parameter in parameters if getattr(parameter, "allreduce", True)])
+    experts = [parameter for parameter in parameters if not getattr(parameter, "allreduce", True)]
+    for name in sorted({parameter.group_name for parameter in experts}):  # type: ignore[attr-defined]
+        local = sum_of_squares([one for one in experts if one.group_name == name])  # type: ignore[attr-defined]
+        distributed.all_reduce(local, group=resolve("moe.deepspeed_adapter:expert_group")(name))
+        squares = squares + local
+    return squares.sqrt()
+
+
+def sum_of_squares(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Of all gradients; float32 from the start, where a norm of bfloat16 would be rounded to it."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return parameters[0].new_zeros((), dtype=torch.float32)
+    if not uses_kernels(grads[0]):
+        return torch.stack(torch._foreach_norm(grads, 2.0, torch.float32)).square().sum()
+    num_parts, write = resolve("phi35.kernels.squares:num_parts"), resolve("phi35.kernels.squares:write_parts")
+    counts = [num_parts(grad.numel()) for grad in grads]
+    parts = torch.zeros(sum(counts), dtype=torch.float32, device=grads[0].device)
+    for grad, part in zip(grads, parts.split(counts), strict=True):
+        write(grad.contiguous(), part)
+    return parts.sum()
