@@ -1,6 +1,7 @@
 """``phi35 eval``: measure a model on data at hand."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -43,3 +44,53 @@ def demo(
     for mistake in result.mistakes[:mistakes]:
         print(json.dumps(mistake))
     print(json.dumps(result.to_dict()))
+
+
+@app.command()
+def needles(
+    output: Annotated[Path, typer.Option(help="Folder for answers, table and picture; a second call goes on there.")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; by default the small model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="single, multi_key, ...; by default all.")] = None,
+    lengths: Annotated[list[int] | None, typer.Option(help="Tokens; by default 4k to the model's limit.")] = None,
+    depths: Annotated[list[float] | None, typer.Option(help="Between 0 and 1.")] = None,
+    samples: Annotated[int, typer.Option(help="Questions of each task, length and depth.")] = 4,
+    num_needles: Annotated[int, typer.Option(help="Needles of the tasks with several.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
+    haystack: Annotated[Path | None, typer.Option(help="Text whose lines hide the needles; else made up.")] = None,
+) -> None:
+    """Ask for needles in long texts (RULER's way): scores by length and depth, with a picture."""
+    import json
+    import sys
+
+    from tqdm import tqdm
+
+    from phi35 import api
+    from phi35.cli.table import render
+    from phi35.evaluation import needle_run
+
+    given = {"tasks": tasks, "lengths": lengths, "depths": depths}
+    chosen: dict[str, Any] = {name: tuple(values) for name, values in given.items() if values}
+    loaded, processor = api.resolve_model(model, device, dtype)
+    if not lengths:
+        limit = loaded.config.max_position_embeddings
+        chosen["lengths"] = tuple(length for length in needle_run.NeedleSuite.lengths if length <= limit) or (limit,)
+    suite = needle_run.NeedleSuite(
+        **chosen, samples=samples, num_needles=num_needles, max_new_tokens=max_new_tokens, seed=seed
+    )
+    sentences = [line.strip() for line in haystack.read_text().splitlines() if line.strip()] if haystack else None
+    with tqdm(total=None, unit=" questions", file=sys.stderr) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        lines = needle_run.evaluate(loaded, processor, suite, output, haystack=sentences, progress=advance)
+    picture = output / "needles.png"
+    needle_run.plot(lines, picture, title=model or "small model")
+    rows = needle_run.table(lines)
+    print(render(rows))
+    print(f"{picture}: score by depth and length")
+    print(json.dumps({"questions": len(lines), "table": rows}))
