@@ -140,7 +140,7 @@ def ours(model: Any, ids: list[int], chunk: int, rounds: int, device: torch.devi
             times.append(time.perf_counter() - start)
     if device.type == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        row["cache_gib"] = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values)) / 2**30
+        row["cache_gib"] = cache.nbytes / 2**30
     return statistics.median(times)
 
 

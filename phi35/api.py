@@ -64,6 +64,7 @@ def generate(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     rope_mode: str = "reference",
+    kv_cache_dtype: str | None = None,
     return_logprobs: bool = False,
     **unknown: Any,
 ) -> "str | list[str] | Iterator[str] | Answer | list[Answer]":
@@ -93,6 +94,7 @@ def generate(
         dtype: of its weights: by default float32 on the CPU and bfloat16 elsewhere (float16 or float32, with a warning,
             where the device has none); "auto" as stored.
         rope_mode: "reference" or "pinned", see ``phi35.generation.decoding``.
+        kv_cache_dtype: "int8" or "fp8" holds keys and values in eight bits; None in the model's dtype.
         return_logprobs: return ``Answer`` objects, with tokens and their log-probabilities, in place of texts.
         **unknown: refused, with the nearest known names.
 
@@ -135,6 +137,7 @@ def generate(
         stop=stops,
         seed=seed,
         rope_mode=rope_mode,
+        kv_cache_dtype=kv_cache_dtype,
         return_logprobs=return_logprobs,
     )
     if stream:

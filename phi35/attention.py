@@ -79,7 +79,7 @@ class Attention(nn.Module):
             queries, keys, values = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
             queries, keys = apply_rotary(queries, plan.cos_sin), apply_rotary(keys, plan.cos_sin)
         if cache is not None and plan.slots is not None:
-            cache.write(self.layer, keys, values, plan.slots)
+            keys, values = cache.write(self.layer, keys, values, plan.slots)
             if plan.num_slots:
                 keys, values = cache.read(self.layer, plan.num_slots)
         if plan.sequence_parallel is not None:

@@ -2,11 +2,15 @@
 
 Rows are compact: padding is never stored, so that slot j of a row holds the key of its j-th real token and
 a row in a batch is laid out exactly as it would be alone. Each row also records under which LongRoPE factor
-set its keys were rotated, since keys of one set are wrong beside queries of the other.
+set its keys were rotated, since keys of one set are wrong beside queries of the other. Numbers are held in the model's
+dtype, or as bytes with scales (``phi35.cache_codes``).
 """
+
+from typing import Any
 
 import torch
 
+from phi35.cache_codes import CODE_DTYPE, SCALE_DTYPE, check_kind, decode, encode
 from phi35.config import ModelConfig
 from phi35.kernels.operands import LayerCache
 
@@ -23,15 +27,20 @@ class KVCache:
         max_length: tokens per row to preallocate; None grows as needed.
         device: where the tensors lie.
         dtype: of keys and values.
+        kv_cache_dtype: "int8" or "fp8" stores them in eight bits; None in ``dtype``.
 
     Attributes:
+        keys: of each layer (B, K, slots, d), numbers or codes.
+        values: like ``keys``.
+        key_scales: of each layer (B, K, slots); empty where no codes are stored.
+        value_scales: like ``key_scales``.
         lengths: (B,) int64, real tokens stored per row.
         rope_long: (B,) bool, rows whose keys stand under the long factors.
         num_slots: host-side upper bound of ``lengths``.
         uniform_length: host-side length shared by all rows, or None where rows may differ.
 
     Raises:
-        ValueError: for a batch size or length below 1.
+        ValueError: for a batch size or length below 1, or an unknown ``kv_cache_dtype``.
     """
 
     def __init__(
@@ -41,7 +50,9 @@ class KVCache:
         max_length: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        kv_cache_dtype: str | None = None,
     ) -> None:
+        check_kind(kv_cache_dtype)
         if batch_size < 1:
             raise ValueError(f"batch_size of a cache must be at least 1, got {batch_size}")
         if max_length is not None and max_length < 1:
@@ -53,16 +64,21 @@ class KVCache:
         self.rope_long = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self.num_slots = 0
         self.uniform_length: int | None = 0
-        self._device, self._dtype = torch.device(device), dtype
+        self.dtype, self.kind = dtype, kv_cache_dtype
         shape = (batch_size, config.num_key_value_heads, self._allocated(self.capacity), config.attention_head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.keys, self.values, self.key_scales, self.value_scales = new_tensors(
+            config, shape, device, dtype, self.kind
+        )
 
     @property
     def batch_size(self) -> int:
         """Number of rows B."""
         return self.lengths.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' tensors."""
+        return sum(tensor.nbytes for tensors in self._stored() for tensor in tensors)
 
     def reserve(self, num_slots: int) -> None:
         """Make room for ``num_slots`` tokens in every row.
@@ -93,14 +109,16 @@ class KVCache:
             self._reallocate(capacity)
 
     def _reallocate(self, capacity: int) -> None:
-        for tensors in (self.keys, self.values):
+        for tensors in self._stored():
             for layer, old in enumerate(tensors):
-                new = old.new_zeros(*old.shape[:2], self._allocated(capacity), old.shape[3])
+                new = old.new_zeros(*old.shape[:2], self._allocated(capacity), *old.shape[3:])
                 new[:, :, : self.capacity] = old[:, :, : self.capacity]
                 tensors[layer] = new
         self.capacity = capacity
 
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor | int) -> None:
+    def write(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor | int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store one chunk of one layer.
 
         Args:
@@ -109,22 +127,39 @@ class KVCache:
             values: (B, K, T, d).
             slots: first slot of the chunk where all rows agree, else (B, T) int64 slots; ``capacity`` is the slot
                 that takes padding and is never read.
+
+        Returns:
+            Keys and values as ``read`` will give them.
         """
+        if self.kind is None:
+            self._put(self.keys[layer], keys, slots)
+            self._put(self.values[layer], values, slots)
+            return keys, values
+        kept = []
+        for codes, scales, given in (
+            (self.keys[layer], self.key_scales[layer], keys),
+            (self.values[layer], self.value_scales[layer], values),
+        ):
+            encoded = encode(given, self.kind)
+            self._put(codes, encoded[0], slots)
+            self._put(scales, encoded[1], slots)
+            kept.append(decode(*encoded, self.kind, given.dtype))
+        return kept[0], kept[1]
+
+    def _put(self, target: torch.Tensor, values: torch.Tensor, slots: torch.Tensor | int) -> None:
         if isinstance(slots, int):
-            self.keys[layer][:, :, slots : slots + keys.shape[2]] = keys
-            self.values[layer][:, :, slots : slots + keys.shape[2]] = values
+            target[:, :, slots : slots + values.shape[2]] = values
             return
         rows = torch.arange(self.batch_size, device=slots.device)[:, None]
-        self.keys[layer].transpose(1, 2)[rows, slots] = keys.transpose(1, 2)
-        self.values[layer].transpose(1, 2)[rows, slots] = values.transpose(1, 2)
+        target.transpose(1, 2)[rows, slots] = values.transpose(1, 2)
 
     def read(self, layer: int, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views (B, K, num_slots, d) of one layer's keys and values."""
-        return self.keys[layer][:, :, :num_slots], self.values[layer][:, :, :num_slots]
+        """One layer's keys and values (B, K, num_slots, d): views, or what the codes stand for."""
+        return self.layer(layer).read(slice(None), num_slots)
 
     def layer(self, number: int) -> LayerCache:
         """One layer's keys and values as a decoding step takes them, the slot for padding last."""
-        return LayerCache(self.keys[number], self.values[number])
+        return layer_of(self, number)
 
     def select_rows(self, rows: torch.Tensor) -> "KVCache":
         """A new cache holding copies of the given rows, in the given order.
@@ -135,24 +170,27 @@ class KVCache:
         rows = self._indices(rows)
         chosen = KVCache.__new__(KVCache)
         chosen.config, chosen.max_length, chosen.capacity = self.config, self.max_length, self.capacity
-        chosen._device, chosen._dtype = self._device, self._dtype
+        chosen.dtype, chosen.kind = self.dtype, self.kind
         chosen.lengths, chosen.rope_long = self.lengths[rows], self.rope_long[rows]
         chosen.num_slots, chosen.uniform_length = self.num_slots, self.uniform_length
-        chosen.keys = [keys[rows] for keys in self.keys]
-        chosen.values = [values[rows] for values in self.values]
+        chosen.keys, chosen.values, chosen.key_scales, chosen.value_scales = (
+            [tensor[rows] for tensor in tensors] for tensors in self._stored()
+        )
         return chosen
 
     def write_rows(self, rows: torch.Tensor, other: "KVCache") -> None:
         """Replace the given rows by the rows of another cache, in order.
 
         Raises:
-            ValueError: if the number of rows differs, or a preallocated cache is too small.
+            ValueError: if the number of rows or the kind of storage differs, or a preallocated cache is too small.
         """
         rows = self._indices(rows)
+        if self.kind != other.kind:
+            raise ValueError(f"this cache stores {self.kind or self.dtype} and the other {other.kind or other.dtype}")
         if rows.numel() != other.batch_size:
             raise ValueError(f"{rows.numel()} rows were chosen and the other cache has {other.batch_size}")
         self.reserve(other.num_slots)
-        for mine, theirs in zip((self.keys, self.values), (other.keys, other.values), strict=True):
+        for mine, theirs in zip(self._stored(), other._stored(), strict=True):
             for layer in range(len(mine)):
                 mine[layer][rows, :, : other.num_slots] = theirs[layer][:, :, : other.num_slots]
         self.lengths[rows], self.rope_long[rows] = other.lengths, other.rope_long
@@ -181,6 +219,29 @@ class KVCache:
         rows = torch.as_tensor(rows, device=self.lengths.device)
         return rows.nonzero().flatten() if rows.dtype == torch.bool else rows.long()
 
+    def _stored(self) -> tuple[list[torch.Tensor], ...]:
+        return self.keys, self.values, self.key_scales, self.value_scales
+
     @staticmethod
     def _allocated(capacity: int) -> int:
         return capacity + 1
+
+
+def new_tensors(
+    config: ModelConfig, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype, kind: str | None
+) -> tuple[list[torch.Tensor], ...]:
+    """Keys and values of this shape for every layer, and their scales (none where ``kind`` is None); zeros."""
+    layers = range(config.num_hidden_layers)
+    stored = dtype if kind is None else CODE_DTYPE
+    numbers = [[torch.zeros(shape, device=device, dtype=stored) for _ in layers] for _ in range(2)]
+    scaled = layers if kind is not None else range(0)
+    scales = [[torch.zeros(shape[:-1], device=device, dtype=SCALE_DTYPE) for _ in scaled] for _ in range(2)]
+    return numbers[0], numbers[1], scales[0], scales[1]
+
+
+def layer_of(cache: Any, number: int, table: torch.Tensor | None = None) -> LayerCache:
+    """One layer of a cache (this one, or one of pages) as the kernels take it."""
+    if cache.kind is None:
+        return LayerCache(cache.keys[number], cache.values[number], table)
+    scales = cache.key_scales[number], cache.value_scales[number]
+    return LayerCache(cache.keys[number], cache.values[number], table, *scales, cache.kind, cache.dtype)

@@ -172,9 +172,12 @@ class CausalLM(nn.Module):
             hidden_states=hidden_states,
         )
 
-    def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
-        """An empty cache on the model's device: preallocated for ``max_length`` tokens a row, or growing."""
-        return KVCache(self.config, batch_size, max_length, device=self.device, dtype=self.dtype)
+    def new_cache(self, batch_size: int, max_length: int | None = None, kv_cache_dtype: str | None = None) -> KVCache:
+        """An empty cache on the model's device: preallocated for ``max_length`` tokens a row, or growing.
+
+        ``kv_cache_dtype`` "int8" or "fp8" stores keys and values in eight bits, None in the model's dtype.
+        """
+        return KVCache(self.config, batch_size, max_length, self.device, self.dtype, kv_cache_dtype)
 
     def image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[torch.Tensor]:
         """Features (tokens_i, D) of each image, as they enter the decoder.

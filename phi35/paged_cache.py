@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from phi35.cache import layer_of, new_tensors
+from phi35.cache_codes import check_kind
 from phi35.config import ModelConfig
 from phi35.kernels.operands import LayerCache
 from phi35.prefix_cache import PageIndex
@@ -30,6 +32,7 @@ class PagedCache:
         max_length: most tokens of a row.
         device: where the tensors lie.
         dtype: of keys and values.
+        kv_cache_dtype: "int8" or "fp8" stores them in eight bits; None in ``dtype``.
 
     Attributes:
         lengths: (rows,) int64 tokens of each row, the steps' own.
@@ -39,7 +42,7 @@ class PagedCache:
         index: pages that can be found by their contents.
 
     Raises:
-        ValueError: for fewer rows, pages or tokens than one row of one page needs.
+        ValueError: for fewer rows, pages or tokens than one row of one page needs, or an unknown ``kv_cache_dtype``.
     """
 
     def __init__(
@@ -50,17 +53,20 @@ class PagedCache:
         max_length: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        kv_cache_dtype: str | None = None,
     ) -> None:
+        check_kind(kv_cache_dtype)
         if num_rows < 1 or num_pages < 2 or max_length < 1:
             raise ValueError(
                 "a paged cache needs at least 1 row, 2 pages (one is nobody's) and 1 token a row, got "
                 f"num_rows={num_rows}, num_pages={num_pages}, max_length={max_length}"
             )
         self.config, self.max_length = config, max_length
+        self.dtype, self.kind = dtype, kv_cache_dtype
         shape = (num_pages, config.num_key_value_heads, PAGE_SIZE, config.attention_head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.keys, self.values, self.key_scales, self.value_scales = new_tensors(
+            config, shape, device, dtype, self.kind
+        )
         # One column more than any row needs: a row that runs over writes to page 0.
         columns = -(-max_length // PAGE_SIZE) + 1
         self.table = torch.zeros(num_rows, columns, dtype=torch.int32, device=device)
@@ -160,7 +166,7 @@ class PagedCache:
 
     def layer(self, number: int) -> LayerCache:
         """One layer of all rows, as prompts are read into it."""
-        return LayerCache(self.keys[number], self.values[number], self.table)
+        return layer_of(self, number, self.table)
 
 
 class PagedRows:
@@ -191,4 +197,4 @@ class PagedRows:
     def layer(self, number: int) -> LayerCache:
         """One layer of these rows."""
         table = self.cache.step_table[: self.batch_size, : self.columns]
-        return LayerCache(self.cache.keys[number], self.cache.values[number], table)
+        return layer_of(self.cache, number, table)

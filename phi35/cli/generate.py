@@ -24,6 +24,7 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     rope_mode: Annotated[str, typer.Option(help="reference or pinned (LongRoPE).")] = "reference",
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="int8 or fp8: keys and values in eight bits.")] = None,
 ) -> None:
     """Answer a prompt, with or without pictures."""
     from phi35 import api
@@ -46,6 +47,7 @@ def generate(
         device=device,
         dtype=dtype,
         rope_mode=rope_mode,
+        kv_cache_dtype=kv_cache_dtype,
     )
     for piece in pieces:
         print(piece, end="", flush=True)

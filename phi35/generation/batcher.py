@@ -48,9 +48,10 @@ class Batcher:
         prefix_caching: keep full pages when requests end, and let those that begin alike use them (the weights must
             stay as they are, or ``cache.forget()`` be called). Pictures count by content, so that a vision model
             without an ``image_feature_cache`` is given one.
+        kv_cache_dtype: "int8" or "fp8" holds all requests' keys and values in eight bits; None in the model's dtype.
 
     Raises:
-        ValueError: for sizes below 1, or "graphs" where they cannot be had.
+        ValueError: for sizes below 1, an unknown ``kv_cache_dtype``, or "graphs" where they cannot be had.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Batcher:
         tokenizer: Tokenizer | None = None,
         mode: str | None = None,
         prefix_caching: bool = True,
+        kv_cache_dtype: str | None = None,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens), ("chunk_size", chunk_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -72,9 +74,10 @@ class Batcher:
         num_pages = -(-max_tokens // PAGE_SIZE)
         longest = min(self.config.max_position_embeddings, num_pages * PAGE_SIZE)
         self.max_length = longest if max_length is None else min(max_length, longest)
-        self.chunk_size, self.mode = chunk_size, self._mode(mode)
+        self.chunk_size, self.mode = chunk_size, self._mode(mode, kv_cache_dtype)
         device, vocab = model.device, self.config.vocab_size
-        self.cache = PagedCache(self.config, max_rows, num_pages + 1, self.max_length, device, model.dtype)
+        pages = (max_rows, num_pages + 1, self.max_length)
+        self.cache = PagedCache(self.config, *pages, device, model.dtype, kv_cache_dtype)
         state = StepState.new(max_rows, vocab, device)
         self.state = dataclasses.replace(state, lengths=self.cache.lengths, rope_long=self.cache.rope_long)
         self._requests = RequestState(self.state)
@@ -140,6 +143,8 @@ class Batcher:
         if not whole or not 0 <= num_alternatives <= MAX_ALTERNATIVES:
             raise ValueError(f"num_alternatives must lie in 0..{MAX_ALTERNATIVES}, got {num_alternatives!r}")
         ids = input_ids[None] if isinstance(input_ids, torch.Tensor) and input_ids.dim() == 1 else input_ids
+        if options.get("kv_cache_dtype") is not None:
+            raise ValueError("kv_cache_dtype belongs to the batcher, whose requests share one cache: give it there")
         checked = Decoding(self.model, ids, None, pixel_values, image_sizes, tokenizer=self.tokenizer, **options)
         if len(checked.rows) != 1:
             raise ValueError(f"submit takes one prompt at a time, got {len(checked.rows)} rows")
@@ -458,10 +463,10 @@ class Batcher:
             self._steps[count] = step
         return self._steps[count]
 
-    def _mode(self, mode: str | None) -> str:
+    def _mode(self, mode: str | None, kv_cache_dtype: str | None) -> str:
         if mode not in (None, "graphs", "kernels", "plain"):
             raise ValueError(f"mode must be 'graphs', 'kernels', 'plain' or None, got {mode!r}")
-        reason = limit(self.model) if mode in (None, "graphs") else None
+        reason = limit(self.model, kv_cache_dtype) if mode in (None, "graphs") else None
         if mode == "graphs" and reason is not None:
             raise ValueError(f"mode='graphs', but the model's step cannot be captured: {reason}")
         if mode is None and reason is not None and self.model.device.type == "cuda":

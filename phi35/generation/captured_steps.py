@@ -59,7 +59,7 @@ def steps_for(model: Any, options: Any, rows: list[Row]) -> "PlainSteps | Captur
     """
     if options.fast is False:
         return PlainSteps(model, options, rows)
-    reason = limit(model)
+    reason = limit(model, options.kv_cache_dtype)
     if reason is None:
         try:
             return CapturedSteps(model, options, rows)
@@ -95,7 +95,7 @@ class CapturedSteps:
         self._rows, self._places = list(rows), list(range(len(rows)))
         self._made, self._drawn = 0, 0
         self._queue: collections.deque[Queued] = collections.deque()
-        self.step = step_pool.take(model, len(rows), self._capacity(FIRST_TOKENS), plain)
+        self.step = step_pool.take(model, len(rows), self._capacity(FIRST_TOKENS), plain, options.kv_cache_dtype)
         self._set_up()
 
     def next(self) -> list[int]:

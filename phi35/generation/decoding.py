@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from phi35.cache_codes import kind_problem
 from phi35.generation.captured_steps import CapturedSteps, steps_for
 from phi35.generation.plain_steps import PlainSteps
 from phi35.generation.rows import Row, finish_reason
@@ -42,6 +43,8 @@ class DecodingOptions(SamplingOptions):
             2,048, or 8,192 with the kernels.
         preallocate: allocate the cache for prompt + max_new_tokens at once instead of letting it grow.
         return_logprobs: keep the log-probabilities of new tokens (``Decoding.logprobs``).
+        kv_cache_dtype: "int8" or "fp8" holds keys and values in eight bits (``phi35.cache_codes``), which halves the
+            cache and changes the text a little; None holds them in the model's dtype.
         fast: take steps from a CUDA graph: None where the model and its device can, True or an error, False never.
     """
 
@@ -53,6 +56,7 @@ class DecodingOptions(SamplingOptions):
     prefill_chunk_size: int | None = None
     preallocate: bool = False
     return_logprobs: bool = False
+    kv_cache_dtype: str | None = None
     fast: bool | None = None
 
     def all_problems(self, num_rows: int, vocab_size: int) -> list[str]:
@@ -66,6 +70,8 @@ class DecodingOptions(SamplingOptions):
                 problems.append(f"{name} must be a positive whole number, got {value!r}")
         if self.rope_mode not in ROPE_MODES:
             problems.append(f"rope_mode must be one of {ROPE_MODES}, got {self.rope_mode!r}")
+        if (problem := kind_problem(self.kv_cache_dtype)) is not None:
+            problems.append(problem)
         outside = [token for token in self.stop_token_ids or () if not 0 <= token < vocab_size]
         if outside:
             problems.append(f"stop_token_ids {outside} lie outside the vocabulary of {vocab_size}")

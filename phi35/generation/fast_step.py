@@ -157,15 +157,15 @@ class DecodeStep:
         return VectorOperations(act, window, cache, heads, tuning, pdl)
 
 
-def limit(model: Any) -> str | None:
-    """Why the captured step does not take a model, or None.
+def limit(model: Any, kv_cache_dtype: str | None = None) -> str | None:
+    """Why the captured step does not take a model with such a cache, or None.
 
     Modules of other kinds than the decoder's own are no reason: they run as they are.
     """
-    return availability.missing(model.device) or model_limit(model)
+    return availability.missing(model.device) or model_limit(model, kv_cache_dtype)
 
 
-def model_limit(model: Any) -> str | None:
+def model_limit(model: Any, kv_cache_dtype: str | None = None) -> str | None:
     """Why no device could take a model's step by kernels, or None."""
     if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its activations are {model.dtype}"
@@ -177,6 +177,8 @@ def model_limit(model: Any) -> str | None:
         return "processes share its rows"
     if model.config.attention_head_dim % 8 or model.config.hidden_size % 8:
         return "its head_dim or hidden_size is no multiple of 8"
+    if kv_cache_dtype is not None and model.config.attention_head_dim % 16:
+        return f"a cache in {kv_cache_dtype} needs a head_dim of a multiple of 16"
     for layer in decoder.layers:
         if type(layer.self_attn) is not Attention or layer._forward_hooks or layer._forward_pre_hooks:
             return f"a layer is not the decoder's own: {type(layer.self_attn).__name__}, or one with hooks"

@@ -78,7 +78,7 @@ def prefill(model: Any, rows: list[Row], options: Any, limit: int) -> tuple[KVCa
     """Run the whole ids of some rows, chunk by chunk: their cache and the last logits (n, V)."""
     device, longest = model.device, max(len(row.ids) for row in rows)
     lengths = [rope_length(row, model.config, options) for row in rows]
-    cache = model.new_cache(len(rows), limit if options.preallocate else None)
+    cache = model.new_cache(len(rows), limit if options.preallocate else None, options.kv_cache_dtype)
     mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows], device=device)
     inputs = _inputs(model, rows, longest)
     logits = None

@@ -27,7 +27,7 @@ class KeptStep:
         return KeptStep, ()
 
 
-def take(model: Any, batch: int, capacity: int, plain: bool) -> DecodeStep:
+def take(model: Any, batch: int, capacity: int, plain: bool, kv_cache_dtype: str | None = None) -> DecodeStep:
     """A step for so many rows of so many tokens: the kept one where it serves, else a new one.
 
     Raises:
@@ -36,10 +36,11 @@ def take(model: Any, batch: int, capacity: int, plain: bool) -> DecodeStep:
     kept = model.__dict__.pop(ATTRIBUTE, KeptStep()).step
     if kept is not None:
         cache = kept.cache
-        if not plain and cache.batch_size == batch and cache.capacity >= capacity and kept.is_current:
+        fits = cache.batch_size == batch and cache.capacity >= capacity and cache.kind == kv_cache_dtype
+        if not plain and fits and kept.is_current:
             return kept
-        del kept
-    return make(model, KVCache(model.config, batch, capacity, device=model.device, dtype=model.dtype), plain)
+        del kept, cache
+    return make(model, model.new_cache(batch, capacity, kv_cache_dtype), plain)
 
 
 def make(model: Any, cache: KVCache, plain: bool, state: StepState | None = None) -> DecodeStep:
@@ -52,8 +53,7 @@ def make(model: Any, cache: KVCache, plain: bool, state: StepState | None = None
 
 def give(model: Any, step: DecodeStep) -> None:
     """Keep a step for the next generation, if its cache is small."""
-    num_bytes = sum(tensor.nbytes for tensor in (*step.cache.keys, *step.cache.values))
-    if num_bytes <= KEPT_BYTES and step.model.device.type == "cuda":
+    if step.cache.nbytes <= KEPT_BYTES and step.model.device.type == "cuda":
         model.__dict__[ATTRIBUTE] = KeptStep(step)
 
 

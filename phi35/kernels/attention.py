@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from phi35.kernels.cache_codes import EXPONENT, decode, scales_of
 from phi35.kernels.common import launch_options, prefetch, slot_offset, wait_for_predecessor
 from phi35.kernels.configs import AttentionConfig
 from phi35.kernels.operands import LayerCache
@@ -60,6 +61,7 @@ def attend(
         query,
         cache.keys,
         cache.values,
+        *scales_of(cache),
         cache.keys if cache.table is None else cache.table,
         lengths,
         out,
@@ -68,6 +70,7 @@ def attend(
         scratch.arrived,
         slots - 1,
         head_dim**-0.5,
+        EXPONENT,
         *(tensor for tensor, _ in asked),
         *(num_bytes for _, num_bytes in asked),
         NUM_KV=num_kv,
@@ -85,6 +88,7 @@ def attend(
         PARTS=config.splits * num_kv * batch,
         LANES=config.num_warps * 32,
         AHEAD=len(ahead),
+        KIND=cache.kind or "none",
         **launch_options(config.num_warps, pdl),
     )
 
@@ -94,6 +98,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     query,
     keys,
     values,
+    key_scales,
+    value_scales,
     table,
     lengths,
     out,
@@ -102,6 +108,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     arrived,
     capacity,
     softmax_scale,
+    exponent,
     ahead_a,
     ahead_b,
     ahead_c,
@@ -123,6 +130,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
     LANES: tl.constexpr,
     AHEAD: tl.constexpr,
+    KIND: tl.constexpr,
     PDL: tl.constexpr,
 ):
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -157,6 +165,9 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             query_at,
             keys,
             values,
+            key_scales,
+            value_scales,
+            exponent,
             table,
             row,
             head,
@@ -172,12 +183,16 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             PAGE,
             SPLITS,
             STAGES,
+            KIND,
         )
     else:
         best, weight, summed = _attend_group(
             query_at,
             keys,
             values,
+            key_scales,
+            value_scales,
+            exponent,
             table,
             row,
             head,
@@ -195,6 +210,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             PAGE,
             SPLITS,
             STAGES,
+            KIND,
         )
     members = tl.arange(0, 1 if GROUP == 1 else PADDED_GROUP)
     dims = tl.arange(0, PADDED_DIM)
@@ -219,6 +235,9 @@ def _attend_one(  # type: ignore[no-untyped-def]
     query_at,
     keys,
     values,
+    key_scales,
+    value_scales,
+    exponent,
     table,
     row,
     head,
@@ -234,6 +253,7 @@ def _attend_one(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """One query of a head of its own: maximum (1,), sum of weights (1,) and weighted values (1, d), base 2.
 
@@ -253,16 +273,25 @@ def _attend_one(  # type: ignore[no-untyped-def]
         offset = slot_offset(table, row, head, step, capacity, NUM_KV, HEAD_DIM, PAGE)
         at = offset + lanes[:, None] * HEAD_DIM + dims[None, :]
         mask = inside[:, None] & inside_dims
-        key = tl.load(keys + at, mask=mask, other=0.0)
-        value = tl.load(values + at, mask=mask, other=0.0)
-        score = tl.sum(key.to(tl.float32) * scaled[None, :], axis=1)
+        key = tl.load(keys + at, mask=mask, other=0)
+        value = tl.load(values + at, mask=mask, other=0)
+        if KIND == "none":
+            score = tl.sum(key.to(tl.float32) * scaled[None, :], axis=1)
+        else:
+            scales_at = offset // HEAD_DIM + lanes
+            score = tl.sum(decode(key, exponent, KIND) * scaled[None, :], axis=1)
+            score *= tl.load(key_scales + scales_at, mask=inside, other=0.0).to(tl.float32)
+            value_scale = tl.load(value_scales + scales_at, mask=inside, other=0.0).to(tl.float32)
         score = tl.where(inside, score, float("-inf"))
         higher = tl.maximum(best, score)
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp2(best - finite)
         chance = tl.exp2(score - finite)
         weight = weight * shrink + chance
-        summed = summed * shrink[:, None] + chance[:, None] * value.to(tl.float32)
+        if KIND == "none":
+            summed = summed * shrink[:, None] + chance[:, None] * value.to(tl.float32)
+        else:
+            summed = summed * shrink[:, None] + (chance * value_scale)[:, None] * decode(value, exponent, KIND)
         best = higher
     top = tl.max(best, axis=0)
     shrink = tl.exp2(best - tl.where(top == float("-inf"), 0.0, top))
@@ -276,6 +305,9 @@ def _attend_group(  # type: ignore[no-untyped-def]
     query_at,
     keys,
     values,
+    key_scales,
+    value_scales,
+    exponent,
     table,
     row,
     head,
@@ -293,6 +325,7 @@ def _attend_group(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """The queries that share a head of keys, on the matrix units: maxima (g,), sums (g,), weighted values (g, d)."""
     members, dims, lanes = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK)
@@ -307,9 +340,16 @@ def _attend_group(  # type: ignore[no-untyped-def]
         real = inside[:, None] & (dims < HEAD_DIM)[None, :]
         offset = slot_offset(table, row, head, step, capacity, NUM_KV, HEAD_DIM, PAGE)
         at = offset + lanes[:, None] * HEAD_DIM + dims[None, :]
-        key = tl.load(keys + at, mask=real, other=0.0)
-        value = tl.load(values + at, mask=real, other=0.0)
+        key = tl.load(keys + at, mask=real, other=0)
+        value = tl.load(values + at, mask=real, other=0)
+        if KIND != "none":
+            # Codes are exact in the queries' dtype; scales stay in float32.
+            key = decode(key, exponent, KIND).to(queries.dtype)
+            value = decode(value, exponent, KIND).to(queries.dtype)
         score = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+        if KIND != "none":
+            scales_at = offset // HEAD_DIM + lanes
+            score *= tl.load(key_scales + scales_at, mask=inside, other=0.0).to(tl.float32)[None, :]
         score = tl.where(inside[None, :], score, float("-inf"))
         higher = tl.maximum(best, tl.max(score, axis=1))
         # A step may lie before the window; then nothing has been seen yet.
@@ -317,6 +357,8 @@ def _attend_group(  # type: ignore[no-untyped-def]
         shrink = tl.exp2(best - finite)
         chance = tl.exp2(score - finite[:, None])
         weight = weight * shrink + tl.sum(chance, axis=1)
+        if KIND != "none":
+            chance *= tl.load(value_scales + scales_at, mask=inside, other=0.0).to(tl.float32)[None, :]
         summed = tl.dot(chance.to(value.dtype), value, summed * shrink[:, None], input_precision="ieee")
         best = higher
     return best, weight, summed

@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from phi35.kernels.common import activate, slot_offset
+from phi35.kernels.cache_codes import EXPONENT, decode, encode, scale_of, scales_of
+from phi35.kernels.common import activate, launch_options, slot_offset, wait_for_predecessor
 from phi35.kernels.operands import LayerCache, Rope
 
 
@@ -15,6 +16,7 @@ def rotate_and_store(
     rope_long: torch.Tensor,
     query: torch.Tensor,
     cache: LayerCache,
+    pdl: bool = False,
 ) -> None:
     """Rotate queries and keys at position ``lengths`` of their row and store keys and values in that slot.
 
@@ -25,6 +27,7 @@ def rotate_and_store(
         rope_long: (B,) bool.
         query: (B, H d), written.
         cache: of B rows, one slot of each is written; a full row writes its last.
+        pdl: launch programmatically.
     """
     batch, num_kv, head_dim = query.shape[0], cache.num_kv, cache.head_dim
     num_heads = query.shape[1] // head_dim
@@ -37,6 +40,7 @@ def rotate_and_store(
         query,
         cache.keys,
         cache.values,
+        *scales_of(cache),
         cache.keys if cache.table is None else cache.table,
         cache.num_slots - 1,
         NUM_HEADS=num_heads,
@@ -44,7 +48,8 @@ def rotate_and_store(
         HALF=head_dim // 2,
         PADDED_HALF=triton.next_power_of_2(head_dim // 2),
         PAGE=cache.page_size,
-        num_warps=1,
+        KIND=cache.kind or "none",
+        **launch_options(1, pdl),
     )
 
 
@@ -65,6 +70,8 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     query,
     keys,
     values,
+    key_scales,
+    value_scales,
     table,
     capacity,
     NUM_HEADS: tl.constexpr,
@@ -72,7 +79,10 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     PAGE: tl.constexpr,
+    KIND: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     element = tl.arange(0, PADDED_HALF)
     inside = element < HALF
@@ -89,14 +99,30 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     sin = tl.where(turned, (tl.sin(angle) * scale).to(kind).to(tl.float32), 0.0)
     slot = tl.minimum(position, capacity)
     at = slot_offset(table, row, head % NUM_KV, slot, capacity, NUM_KV, 2 * HALF, PAGE)
-    if head < NUM_HEADS:
-        target = query + (row * NUM_HEADS + head) * (2 * HALF)
-    elif head < NUM_HEADS + NUM_KV:
-        target = keys + at
+    first, second = (low * cos - high * sin).to(kind), (high * cos + low * sin).to(kind)
+    own = query + (row * NUM_HEADS + head) * (2 * HALF)
+    if KIND == "none":
+        if head < NUM_HEADS:
+            target = own
+        elif head < NUM_HEADS + NUM_KV:
+            target = keys + at
+        else:
+            target = values + at
+        tl.store(target + element, first, mask=inside)
+        tl.store(target + HALF + element, second, mask=inside)
+    elif head < NUM_HEADS:
+        tl.store(own + element, first, mask=inside)
+        tl.store(own + HALF + element, second, mask=inside)
     else:
-        target = values + at
-    tl.store(target + element, (low * cos - high * sin).to(kind), mask=inside)
-    tl.store(target + HALF + element, (high * cos + low * sin).to(kind), mask=inside)
+        wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+        step = scale_of(tl.max(tl.maximum(tl.abs(wide_first), tl.abs(wide_second)), axis=0), KIND)
+        if head < NUM_HEADS + NUM_KV:
+            codes, scale_at = keys + at, key_scales + at // (2 * HALF)
+        else:
+            codes, scale_at = values + at, value_scales + at // (2 * HALF)
+        tl.store(codes + element, encode(wide_first, step, KIND), mask=inside)
+        tl.store(codes + HALF + element, encode(wide_second, step, KIND), mask=inside)
+        tl.store(scale_at, step.to(key_scales.dtype.element_ty))
 
 
 @triton.jit
@@ -145,14 +171,17 @@ def rotate_prompt(
         use_long,
         cache.keys,
         cache.values,
+        *scales_of(cache),
         cache.keys if cache.table is None else cache.table,
         cache.num_slots - 1,
+        EXPONENT,
         NUM_HEADS=num_heads,
         NUM_KV=num_kv,
         HALF=head_dim // 2,
         PADDED_HALF=triton.next_power_of_2(head_dim // 2),
         HEADS=HEADS_PER_PROGRAM,
         PAGE=cache.page_size,
+        KIND=cache.kind or "none",
         num_warps=2,
     )
 
@@ -167,14 +196,18 @@ def _rotate_prompt_kernel(  # type: ignore[no-untyped-def]
     use_long,
     keys,
     values,
+    key_scales,
+    value_scales,
     table,
     capacity,
+    exponent,
     NUM_HEADS: tl.constexpr,
     NUM_KV: tl.constexpr,
     HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     HEADS: tl.constexpr,
     PAGE: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     token = tl.program_id(1).to(tl.int64)
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
@@ -194,15 +227,28 @@ def _rotate_prompt_kernel(  # type: ignore[no-untyped-def]
     turned = (head < NUM_HEADS + NUM_KV)[:, None]
     first = tl.where(turned, low * cos - high * sin, low).to(kind)
     second = tl.where(turned, high * cos + low * sin, high).to(kind)
-    tl.store(at, first, mask=real & turned)
-    tl.store(at + HALF, second, mask=real & turned)
     place = tl.load(places + token).to(tl.int64)
     is_key = turned & (head >= NUM_HEADS)[:, None]
-    cached = (
-        slot_offset(table, place, (head % NUM_KV)[:, None], position, capacity, NUM_KV, 2 * HALF, PAGE)
-        + element[None, :]
-    )
-    tl.store(keys + cached, first, mask=real & is_key)
-    tl.store(keys + cached + HALF, second, mask=real & is_key)
-    tl.store(values + cached, first, mask=real & (turned == 0))
-    tl.store(values + cached + HALF, second, mask=real & (turned == 0))
+    slot = slot_offset(table, place, (head % NUM_KV)[:, None], position, capacity, NUM_KV, 2 * HALF, PAGE)
+    cached = slot + element[None, :]
+    if KIND != "none":
+        wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+        largest = tl.max(tl.maximum(tl.abs(wide_first), tl.abs(wide_second)), axis=1)
+        step = scale_of(largest, KIND)[:, None]
+        code_first, code_second = encode(wide_first, step, KIND), encode(wide_second, step, KIND)
+        # What attends within this chunk sees what the cache holds.
+        stored = (head >= NUM_HEADS)[:, None]
+        tl.store(at, tl.where(stored, (decode(code_first, exponent, KIND) * step).to(kind), first), mask=real)
+        tl.store(at + HALF, tl.where(stored, (decode(code_second, exponent, KIND) * step).to(kind), second), mask=real)
+        rounded = step.to(key_scales.dtype.element_ty)
+        one = (head < NUM_HEADS + 2 * NUM_KV)[:, None]
+        tl.store(key_scales + slot // (2 * HALF), rounded, mask=one & is_key)
+        tl.store(value_scales + slot // (2 * HALF), rounded, mask=one & (turned == 0))
+    else:
+        code_first, code_second = first, second
+        tl.store(at, first, mask=real & turned)
+        tl.store(at + HALF, second, mask=real & turned)
+    tl.store(keys + cached, code_first, mask=real & is_key)
+    tl.store(keys + cached + HALF, code_second, mask=real & is_key)
+    tl.store(values + cached, code_first, mask=real & (turned == 0))
+    tl.store(values + cached + HALF, code_second, mask=real & (turned == 0))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from phi35.cache_codes import decode, encode
 from phi35.norm import RMSNorm
 
 
@@ -42,11 +43,24 @@ class LayerCache:
         keys: (B, K, slots, d) of B rows; with a table (pages, K, page size, d), shared by all rows.
         values: like ``keys``.
         table: (B, n) int32, the page that holds each stretch of a row's slots; None where rows lie whole.
+        key_scales: like ``keys`` without the last dimension, where those are codes; else None.
+        value_scales: like ``key_scales``.
+        kind: what the codes are (``phi35.cache_codes``); None where keys and values are numbers.
+        number_dtype: of what codes stand for, as attention takes it.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     table: torch.Tensor | None = None
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+    kind: str | None = None
+    number_dtype: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of keys and values as ``read`` gives them."""
+        return self.keys.dtype if self.number_dtype is None else self.number_dtype
 
     @property
     def num_kv(self) -> int:
@@ -73,23 +87,46 @@ class LayerCache:
         """Slots of a row; a row that needs more overwrites its last one."""
         return self.keys.shape[2] if self.table is None else self.table.shape[1] * self.keys.shape[2]
 
-    def store(self, rows: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put keys and values (n, K, d) into slots (n,) of rows (n,)."""
+    def store(
+        self, rows: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put keys and values (n, K, d) into slots (n,) of rows (n,); returns them as ``read`` will give them."""
         if self.table is not None:
             size = self.keys.shape[2]
             rows, slots = self.table[rows, slots // size].long(), slots % size
-        self.keys.transpose(1, 2)[rows, slots] = keys
-        self.values.transpose(1, 2)[rows, slots] = values
+        kept = []
+        for target, scales, given in (
+            (self.keys, self.key_scales, keys),
+            (self.values, self.value_scales, values),
+        ):
+            if self.kind is None or scales is None:
+                target.transpose(1, 2)[rows, slots] = given
+            else:
+                codes, steps = encode(given, self.kind)
+                target.transpose(1, 2)[rows, slots] = codes
+                scales.transpose(1, 2)[rows, slots] = steps
+                given = decode(codes, steps, self.kind, given.dtype)
+            kept.append(given)
+        return kept[0], kept[1]
 
     def read(self, row: int | slice, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first slots of some rows, (n, K, num_slots, d); copies where there are pages."""
+        """The first slots of some rows, (n, K, num_slots, d); copies where there are pages or codes."""
         rows = slice(row, row + 1) if isinstance(row, int) else row
+        keys, values = (self._gathered(tensor, rows, num_slots) for tensor in (self.keys, self.values))
+        if self.kind is None or self.key_scales is None or self.value_scales is None:
+            return keys, values
+        scales = (self._gathered(tensor, rows, num_slots) for tensor in (self.key_scales, self.value_scales))
+        key_scales, value_scales = scales
+        return (
+            decode(keys, key_scales, self.kind, self.dtype),
+            decode(values, value_scales, self.kind, self.dtype),
+        )
+
+    def _gathered(self, tensor: torch.Tensor, rows: slice, num_slots: int) -> torch.Tensor:
         if self.table is None:
-            return self.keys[rows, :, :num_slots], self.values[rows, :, :num_slots]
+            return tensor[rows, :, :num_slots]
         table = self.table[rows, : -(-num_slots // self.keys.shape[2])].long()
-        parts = (tensor[table].transpose(1, 2).flatten(2, 3)[:, :, :num_slots] for tensor in (self.keys, self.values))
-        keys, values = parts
-        return keys, values
+        return tensor[table].transpose(1, 2).flatten(2, 3)[:, :, :num_slots]
 
 
 ROW_FIELDS = (

@@ -164,8 +164,9 @@ class VectorOperations(BatchOperations):
         from phi35.kernels import vector
 
         super().__init__(hidden_act, sliding_window, cache, num_heads, tuning)
-        self._vector, self.pdl, self.dtype = vector, pdl, cache.keys.dtype
+        self._vector, self.pdl, self.dtype = vector, pdl, cache.dtype
         self._acted: dict[int, torch.Tensor] = {}
+        self._projected: dict[int, torch.Tensor] = {}
         self._sparse_scratch: dict[tuple[int, ...], Any] = {}
 
     def project_qkv(
@@ -181,8 +182,19 @@ class VectorOperations(BatchOperations):
         """See ``PlainOperations``."""
         if not is_plain(linear, hidden.dtype):
             return super().project_qkv(hidden, norm, linear, rope, state, query, cache)
+        if cache.kind is not None:
+            projected = self._projected.setdefault(len(linear.weight), hidden.new_empty(1, len(linear.weight)))
+            options = (self.tuning.qkv, self.pdl)
+            self._vector.project_logits(hidden, norm, linear.weight, linear.bias, projected, *options)
+            return self._rotate_and_store(projected, rope, state, query, cache)
         operands = (hidden, norm, linear.weight, linear.bias, rope, state.lengths, state.rope_long)
         self._vector.project_qkv(*operands, query, cache, self.tuning.qkv, self.pdl)
+
+    def _rotate_and_store(
+        self, projected: torch.Tensor, rope: Rope, state: StepState, query: torch.Tensor, cache: LayerCache
+    ) -> None:
+        """The rest of ``project_qkv`` where a head's scale takes all of its numbers, which lie in many programs."""
+        self._batched.rotate_and_store(projected, rope, state.lengths, state.rope_long, query, cache, self.pdl)
 
     def _ahead(self, linear: Any, mlp: Any) -> tuple[torch.Tensor, ...]:
         """As much of o_proj, then of the dense gate and up rows, as ``tuning.ahead_bytes`` allows."""

@@ -119,7 +119,9 @@ def rotate_prompt(
     heads = projected.view(len(projected), -1, cache.head_dim)
     turned = num_heads + cache.num_kv
     heads.copy_(_rotated(heads, rope, positions, use_long, turned))
-    cache.store(places.long(), positions.long(), heads[:, num_heads:turned], heads[:, turned:])
+    kept = cache.store(places.long(), positions.long(), heads[:, num_heads:turned], heads[:, turned:])
+    if cache.kind is not None:
+        heads[:, num_heads:turned], heads[:, turned:] = kept
 
 
 def _rotated(

@@ -164,7 +164,7 @@ def project_logits(
     config: VectorConfig,
     pdl: bool,
 ) -> None:
-    """logits (1, V) float32 of the normed hidden (1, D); weight (V, D), bias (V,) or None."""
+    """logits (1, V), best in float32, of the normed hidden (1, D); weight (V, D), bias (V,) or None."""
     num_rows, width = weight.shape
     asked = config.asked_ahead(config.rows, num_rows)
     _logits_kernel[(triton.cdiv(num_rows, config.rows),)](
@@ -365,4 +365,4 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
     total = dot_tiles(tiles, chunks, (WIDTH + CHUNK - 1) // CHUNK)
     if BIAS:
         total += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-    tl.store(logits + rows, total, mask=inside)
+    tl.store(logits + rows, total.to(logits.dtype.element_ty), mask=inside)

@@ -80,15 +80,26 @@ def test_query_key_value_product_spills_nothing_but_the_sine(tmp_path: Path) -> 
     assert loads_around_the_wait(instructions)[0] >= config.rows * 4096 // config.chunk(4096, 2)
 
 
-@pytest.mark.parametrize(("group", "head_dim", "page"), [(1, 96, 0), (4, 128, 0), (1, 96, 64), (4, 128, 64)])
-def test_attention_streams_keys_through_shared_memory(tmp_path: Path, group: int, head_dim: int, page: int) -> None:
+@pytest.mark.parametrize(
+    ("group", "head_dim", "page", "kind"),
+    [
+        *((*shape, "none") for shape in ((1, 96, 0), (4, 128, 0), (1, 96, 64), (4, 128, 64))),
+        (1, 96, 0, "int8"),
+        (4, 128, 64, "int8"),
+        (1, 96, 64, "fp8"),
+    ],
+)
+def test_attention_streams_keys_through_shared_memory(
+    tmp_path: Path, group: int, head_dim: int, page: int, kind: str
+) -> None:
     config = DEFAULT.one if group == 1 else DEFAULT.grouped
-    arguments = typed("*bf16", "query", "keys", "values", "out") | typed("*fp32", "sums", "scales")
+    arguments = typed("*bf16", "query", "out", "key_scales", "value_scales") | typed("*fp32", "sums", "scales")
+    arguments |= typed("*bf16" if kind == "none" else "*u8", "keys", "values") | {"exponent": "i32"}
     arguments |= {"table": "*i32", "lengths": "*i64", "arrived": "*i32", "capacity": "i32", "softmax_scale": "fp32"}
     constants = {"NUM_KV": 32 // group, "GROUP": group, "PADDED_GROUP": 16, "HEAD_DIM": head_dim, "PADDED_DIM": 128}
     constants |= {"SPLITS": 8, "PADDED_SPLITS": 8, "BLOCK": config.block, "PAGE": page, "STAGES": config.num_stages}
     constants |= {"WINDOW": 0, "PREFETCHED": attention.PREFETCHED_STEPS, "PARTS": 256, "LANES": 128, "AHEAD": 3}
-    constants |= {"PDL": True}
+    constants |= {"PDL": True, "KIND": kind}
     arguments |= typed("*bf16", "ahead_a", "ahead_b", "ahead_c") | typed("i32", "bytes_a", "bytes_b", "bytes_c")
     kernel = compile_kernel(attention._attend_kernel, arguments, constants, config.num_warps)
     instructions, stack = machine_code(kernel, tmp_path)
@@ -112,11 +123,17 @@ def test_sampler_router_and_batched_kernels_compile(tmp_path: Path) -> None:
     constants = {"NORM": "layernorm", "KIND": "sparsemixer", "TOP_K": 2, "RENORMALIZE": True, "BIAS": True}
     constants |= {"NUM_EXPERTS": 16, "PADDED_EXPERTS": 16, "WIDTH": 4096, "CHUNK": 2048, "PDL": True}
     compile_kernel(decode_step._route_kernel, arguments | typed("fp32", "eps", "threshold"), constants, 8)
-    arguments = typed("*bf16", "projected", "query", "keys", "values") | typed("*fp32", "inv_freq", "scaling")
-    arguments |= {"lengths": "*i64", "rope_long": "*i1", "capacity": "i32", "table": "*i32"}
-    constants = {"NUM_HEADS": 32, "NUM_KV": 32, "HALF": 48, "PADDED_HALF": 64, "PAGE": 64}
-    compile_kernel(batched._rotate_kernel, arguments, constants, 1)
-    arguments = typed("*bf16", "projected", "keys", "values") | typed("*i32", "positions", "places", "use_long")
-    arguments |= typed("*fp32", "inv_freq", "scaling") | {"capacity": "i32", "table": "*i32"}
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "fp8"])
+def test_rotations_into_the_cache_compile(kind: str) -> None:
+    cached = typed("*bf16" if kind == "none" else "*u8", "keys", "values") | typed(
+        "*bf16", "key_scales", "value_scales"
+    )
+    cached |= typed("*fp32", "inv_freq", "scaling") | {"capacity": "i32", "table": "*i32"}
+    constants: dict[str, Any] = {"NUM_HEADS": 32, "NUM_KV": 32, "HALF": 48, "PADDED_HALF": 64, "PAGE": 64, "KIND": kind}
+    arguments = typed("*bf16", "projected", "query") | cached | {"lengths": "*i64", "rope_long": "*i1"}
+    compile_kernel(batched._rotate_kernel, arguments, constants | {"PDL": True}, 1)
+    arguments = typed("*bf16", "projected") | typed("*i32", "positions", "places", "use_long") | cached
     constants |= {"HEADS": batched.HEADS_PER_PROGRAM}
-    compile_kernel(batched._rotate_prompt_kernel, arguments, constants, 2)
+    compile_kernel(batched._rotate_prompt_kernel, arguments | {"exponent": "i32"}, constants, 2)

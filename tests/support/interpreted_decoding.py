@@ -29,14 +29,16 @@ from phi35.kernels.operations import BatchOperations, VectorOperations
 from phi35.kernels.tuning import StepTuning
 
 
-def batcher_case() -> dict[str, float]:
+def batcher_case(kind: str | None = None) -> dict[str, float]:
     """Four requests over two rows of a paged cache, kernels and device choice included: wrong tokens.
 
     One is constrained: to even ids, and told apart by its alternatives.
     """
     model = phi35.create("tiny-phi-3.5-mini", seed=0, initializer_range=0.15, **FEW_TOKENS)
     requests = [(63, {}), (5, {"temperature": 0.9, "top_p": 0.9, "seed": 3}), (9, {"repetition_penalty": 1.5})]
-    batcher, found, wrong = Batcher(model, max_rows=2, max_tokens=512, mode="kernels"), {}, 0
+    batcher = Batcher(model, max_rows=2, max_tokens=512, mode="kernels", kv_cache_dtype=kind)
+    found, wrong = {}, 0
+    options_alone = {"max_new_tokens": 2, "stop_token_ids": (), "fast": False, "kv_cache_dtype": kind}
     prompts = [
         torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(length)) for length, _ in requests
     ]
@@ -49,14 +51,12 @@ def batcher_case() -> dict[str, float]:
     for one in batcher.run():
         found.setdefault(one.request, []).append(one)
     for number, (ids, (_, options)) in enumerate(zip(prompts, requests, strict=True)):
-        alone = Decoding(
-            model, ids[None], max_new_tokens=2, stop_token_ids=(), fast=False, return_logprobs=True, **options
-        )
+        alone = Decoding(model, ids[None], return_logprobs=True, **options_alone, **options)
         while not alone.done:
             alone.step()
         wrong += [one.token_id for one in found[number]] != alone.new_ids(0)
         error = max([error, *(abs(one.logprob - b) for one, b in zip(found[number], alone.logprobs(0), strict=True))])
-    plain = Batcher(model, max_rows=2, max_tokens=512, mode="plain")
+    plain = Batcher(model, max_rows=2, max_tokens=512, mode="plain", kv_cache_dtype=kind)
     plain.submit(prompts[0], max_new_tokens=2, stop_token_ids=(), constraint=EveryOther(100), num_alternatives=3)
     for mine, theirs in zip(found[constrained], plain.run(), strict=True):
         wrong += mine.token_id != theirs.token_id
@@ -152,8 +152,10 @@ def row_of(cache: LayerCache, row: int) -> LayerCache:
     """One row of a cache."""
     one = slice(row, row + 1)
     if cache.table is None:
-        return LayerCache(cache.keys[one], cache.values[one])
-    return LayerCache(cache.keys, cache.values, cache.table[one])
+        scales = [None if tensor is None else tensor[one] for tensor in (cache.key_scales, cache.value_scales)]
+        return LayerCache(cache.keys[one], cache.values[one], None, *scales, cache.kind, cache.number_dtype)
+    scales = (cache.key_scales, cache.value_scales, cache.kind, cache.number_dtype)
+    return LayerCache(cache.keys, cache.values, cache.table[one], *scales)
 
 
 def attention_case(
@@ -275,7 +277,7 @@ def sparse_case(kind: str, biased: bool, norm_kind: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def step_case(name: str, batch: int, **changes: object) -> dict[str, float]:
+def step_case(name: str, batch: int, kind: str | None = None, **changes: object) -> dict[str, float]:
     """Two whole steps beside the plain path: logits, tokens, and what the second step reads of the first."""
     model = phi35.create(
         name, seed=0, initializer_range=0.15, original_max_position_embeddings=32, **FEW_TOKENS, **changes
@@ -283,7 +285,7 @@ def step_case(name: str, batch: int, **changes: object) -> dict[str, float]:
     ids = torch.randint(3, 90, (batch, 40), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([40, 12, 31][:batch])
     inputs = {"attention_mask": torch.arange(40) >= 40 - lengths[:, None], "rope_lengths": lengths + 2}
-    caches = [model.new_cache(batch, 64) for _ in range(2)]
+    caches = [model.new_cache(batch, 64, kind) for _ in range(2)]
     tokens = [model(ids, past_key_values=cache, **inputs).logits[:, -1].argmax(dim=-1) for cache in caches][0]
     step = DecodeStep(model, caches[0], tuning=NARROW, plain=True)
     make = (model.config.hidden_act, model.config.sliding_window, caches[0].layer(0), model.config.num_attention_heads)

@@ -33,6 +33,10 @@ class FewBitOperations(VectorOperations):
         weight = few_bits(linear)
         if weight is None:
             return super().project_qkv(hidden, norm, linear, rope, state, query, cache)
+        if cache.kind is not None:
+            projected = self._projected.setdefault(weight.shape[0], hidden.new_empty(1, weight.shape[0]))
+            kernels.project(hidden, norm, weight, linear.bias, projected, kernels.choose(weight), self.pdl)
+            return self._rotate_and_store(projected, rope, state, query, cache)
         inputs = (hidden, norm, weight, linear.bias, rope, state.lengths, state.rope_long)
         kernels.project_qkv(*inputs, query, cache, kernels.choose(weight), self.pdl)
 
