@@ -49,6 +49,7 @@ def load(
     folder_or_hub_id: str | Path,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    config: ModelConfig | None = None,
 ) -> tuple[CausalLM, "Processor | None"]:
     """A model and its processor from a folder in Hugging Face form.
 
@@ -56,6 +57,7 @@ def load(
         folder_or_hub_id: a local folder, or an id such as "microsoft/Phi-3.5-mini-instruct".
         device: where the weights go; by default a GPU if there is one.
         dtype: of the weights; by default bfloat16 on a GPU and float32 on a CPU; "auto" keeps what is stored.
+        config: in place of the folder's own, such as one with other dropout; its sizes must be those of the weights.
 
     Returns:
         The model in evaluation mode, and the processor; None in its place, with a warning, where the folder has
@@ -69,7 +71,7 @@ def load(
     if dtype != "auto":
         dtype = pick_dtype(dtype, picked_device)
     folder = find_folder(folder_or_hub_id)
-    config = load_config(folder)
+    config = load_config(folder) if config is None else config
     model = meta_model(config)
     stored = read_headers(folder)
     match = match_headers(CheckpointPlan(config, state_shapes(config, model.state_dict())), stored, folder)
@@ -113,10 +115,15 @@ def save(
         raise ValueError(f"the model's weights are on the meta device ({meta[0]}, …): there is nothing to save")
     tensors = to_disk(model.config, model.state_dict())
     write_weights(target, tensors, max_shard_size)
-    write_json(target / "config.json", to_hf_dict(model.config, model.dtype))
-    write_json(target / "generation_config.json", to_generation_dict(model.config))
+    write_configs(target, model.config, model.dtype)
     if processor is not None:
         processor.save(target)
+
+
+def write_configs(folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Write ``config.json`` and ``generation_config.json`` beside weights of this dtype."""
+    write_json(folder / "config.json", to_hf_dict(config, dtype))
+    write_json(folder / "generation_config.json", to_generation_dict(config))
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -125,14 +132,14 @@ def load_config(folder: Path) -> ModelConfig:
     Raises:
         ValueError: if there is none, it is no JSON object, or describes no model of this family.
     """
-    data = _read_json(folder / "config.json")
+    data = read_json(folder / "config.json")
     if data is None:
         raise ValueError(
             f"{folder} has no config.json: expected a folder in Hugging Face form; it holds "
             f"{sorted(path.name for path in folder.iterdir())[:20]}"
         )
     return from_hf_dict(
-        data, _read_json(folder / "generation_config.json"), _read_json(folder / "preprocessor_config.json")
+        data, read_json(folder / "generation_config.json"), read_json(folder / "preprocessor_config.json")
     )
 
 
@@ -261,7 +268,12 @@ def _fetch(name: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no such file.
+
+    Raises:
+        ValueError: if it holds anything else.
+    """
     if not path.exists():
         return None
     try:

@@ -100,7 +100,7 @@ class Processor:
         nested = _nested(images, len(texts), isinstance(prompts, str))
         limits = self._limits(num_crops, nested, isinstance(prompts, str))
         texts = [
-            self._with_tags(text, len(row), index) for index, (text, row) in enumerate(zip(texts, nested, strict=True))
+            self.tagged(text, len(row), index) for index, (text, row) in enumerate(zip(texts, nested, strict=True))
         ]
         crops = [
             [self.image_transform(*pair) for pair in zip(*row, strict=True)] for row in zip(nested, limits, strict=True)
@@ -153,8 +153,12 @@ class Processor:
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
-    def _with_tags(self, text: str, num_images: int, index: int) -> str:
-        """The prompt with a tag for every image, or a ValueError where tags and images disagree."""
+    def tagged(self, text: str, num_images: int, index: int = 0) -> str:
+        """The prompt, number ``index`` of its batch, with a tag for every image.
+
+        Raises:
+            ValueError: where tags and images disagree, or the model reads text only and images come.
+        """
         if self.config.vision is None:
             if num_images:
                 raise ValueError(f"prompt {index} comes with {num_images} images and this model reads text only")

@@ -21,6 +21,7 @@ SLOTS = {
     "decoding.few_bit_sparse": "moe.kernels.quantized_step:add_sparse_feed_forward",
     "decoding.few_bit_sparse_limit": "moe.kernels.quantized_step:limit",
     "decoding.sparse_limit": "moe.kernels.decode_step:limit",
+    "losses.load_balancing": "moe.losses:load_balancing_loss",
     "upcycling.run": "moe.upcycling:upcycle",
     "upcycling.options": "moe.upcycling:UpcyclingOptions",
     "tower.open_clip": "vision.open_clip_weights:import_tower",

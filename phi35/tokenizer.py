@@ -96,6 +96,10 @@ class Tokenizer:
         settings = {**self.settings, **changes}
         return Tokenizer(self.definition, settings, self.chat_template, self._special_tokens_map, self._sentencepiece)
 
+    def with_definition(self, definition: str, chat_template: str) -> "Tokenizer":
+        """The same tokenizer with another ``tokenizer.json`` (tokens were added, say) or template."""
+        return Tokenizer(definition, self.settings, chat_template, self._special_tokens_map, self._sentencepiece)
+
     @property
     def vocab_size(self) -> int:
         """Number of ids the tokenizer knows; a model's table may be larger."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from phi35.config import ModelConfig
 from vision.image_transform import num_image_tokens, tile_grid
-from vision.placement import place_features
+from vision.placement import count_images, place_features
 from vision.projector import ImageProjection, end_rows, join_tiles, merge_patches
 from vision.tower import ClipVisionTower
 
@@ -134,6 +134,31 @@ class VisionEmbedding(nn.Module):
             ValueError: as of ``features``.
         """
         return [1 + rows * columns for rows, columns in self._grids(image_sizes, pixel_values)]
+
+    def crops_of_images(self, image_sizes: Tensor | Sequence[Sequence[int]]) -> list[int]:
+        """How many crops each image has, its global view included: N numbers from sizes (N, 2) after padding.
+
+        Raises:
+            ValueError: if a size is no multiple of the tile side.
+        """
+        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+        grids = [tile_grid(int(height), int(width), self.config) for height, width in sizes]
+        return [1 + rows * columns for rows, columns in grids]
+
+    def images_of_rows(self, input_ids: Tensor, image_sizes: Tensor) -> list[list[int]]:
+        """Which images of the batch each row owns, by their tags or by the places its image tokens take.
+
+        Args:
+            input_ids: (B, T) int64, -i or the image token id where features go.
+            image_sizes: (N, 2) heights and widths after padding.
+
+        Raises:
+            ValueError: if placeholders and images do not match.
+        """
+        grids = [tile_grid(int(height), int(width), self.config) for height, width in image_sizes.tolist()]
+        counts = count_images(input_ids, self._num_tokens(grids), self.config.image_token_id)
+        ends = list(accumulate(counts))
+        return [list(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
 
     def _features(self, pixel_values: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         """(tokens, D) of all images, one after the other."""

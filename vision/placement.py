@@ -76,6 +76,35 @@ def place_features(
     return Placement(*torch.stack([rows, columns, feature_indices]).to(device))
 
 
+def count_images(input_ids: Tensor, num_tokens: list[int], image_token_id: int) -> list[int]:
+    """How many images each row owns: as many as its highest tag says, or as its image token ids take up.
+
+    Args:
+        input_ids: (B, T) int64.
+        num_tokens: how many features each image of the batch has, the rows' images one after the other.
+        image_token_id: placeholder used where no id is negative.
+
+    Raises:
+        ValueError: if the rows own more or fewer images than there are, or a row's places end within an image.
+    """
+    if bool((input_ids < 0).any()):
+        counts = (-input_ids.amin(dim=1)).clamp(min=0).tolist()
+    else:
+        counts, left = [], list(num_tokens)
+        for places in (input_ids == image_token_id).sum(dim=1).tolist():
+            before = len(left)
+            while places > 0 and left:
+                places -= left.pop(0)
+            if places:
+                raise ValueError(
+                    "the image tokens of a row end within an image, or there are more than the images take"
+                )
+            counts.append(before - len(left))
+    if sum(counts) != len(num_tokens):
+        raise ValueError(f"the placeholders in input_ids ask for {sum(counts)} images, but {len(num_tokens)} came")
+    return counts
+
+
 def _runs(rows: Tensor, columns: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Index of the first placeholder of each run (R,), and the run of each placeholder (P,)."""
     begins = torch.ones_like(rows, dtype=torch.bool)

@@ -1,74 +1,27 @@
-"""Classes of transformers around ``CausalLM``: the same modules, weights read and written by this package.
+"""Classes of transformers around ``CausalLM``: the same modules, weights read and written by this package."""
 
-Generation of transformers runs without a cache: every step computes the whole row, so that a row that outgrows
-LongRoPE's short factors is computed under the long ones, as ``phi35.generate`` does in its "reference" mode.
-"""
-
-from pathlib import Path
+import warnings
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from phi35.config import ModelConfig
-from phi35.config_io import ARCHITECTURES, from_hf_dict, to_generation_dict, to_hf_dict
-from phi35.loading import create, load, save
+from phi35.config_io import ARCHITECTURES, to_generation_dict
+from phi35.interop.configuration import WrappedConfig, config_class
+from phi35.interop.generation import Generation, check_cache
+from phi35.interop.inputs import packed_crops, packed_lengths
+from phi35.interop.pretrained import Folders, refuse
+from phi35.interop.results import layer_states, model_output
+from phi35.language_model_head import LanguageModelHead, loss_from_logits, shift_labels
+from phi35.loading import create
 from phi35.model import CausalLM
-
-_SHOWN = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "max_position_embeddings tie_word_embeddings bos_token_id eos_token_id pad_token_id"
-).split()
-_HARMLESS = {
-    "trust_remote_code",
-    "_from_auto",
-    "low_cpu_mem_usage",
-    "use_safetensors",
-    "adapter_kwargs",
-    "_commit_hash",
-}
+from phi35.outputs import CausalLMOutput
+from phi35.packed_attention import ignore_first_tokens
+from phi35.registry import resolve
 
 
-class WrappedConfig(PreTrainedConfig):
-    """A config of transformers that holds this package's own, which alone decides.
-
-    Attributes:
-        model_config: what the model is built from; the sizes beside it are copies to read.
-    """
-
-    model_config: Any = None
-
-    @classmethod
-    def of(cls, model_config: ModelConfig) -> Any:
-        """The config around one of this package."""
-        config = cls(architectures=[ARCHITECTURES[cls.model_type]])
-        for name in _SHOWN:
-            setattr(config, name, getattr(model_config, name))
-        config.model_config = model_config
-        config.use_cache = False
-        return config
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-        """The config of a ``config.json``; with ``return_unused_kwargs`` the options come back too."""
-        options.pop("_from_auto", None)
-        unused = options.pop("return_unused_kwargs", False)
-        name = options.pop("name_or_path", None)
-        config = cls.of(from_hf_dict(config_dict))
-        config.name_or_path = str(name or "")
-        return (config, options) if unused else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """Contents of ``config.json`` in the published names."""
-        return to_hf_dict(self.model_config, self.dtype or torch.float32)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """As ``to_dict``: a published file names its defaults."""
-        return self.to_dict()
-
-
-class WrappedCausalLM(PreTrainedModel, GenerationMixin):
+class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A ``CausalLM`` as a model of transformers.
 
     Attributes:
@@ -77,119 +30,103 @@ class WrappedCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class: Any = WrappedConfig
     base_model_prefix = "causal_lm"
+    main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
     _supports_sdpa = True
+    _no_split_modules = ["DecoderLayer"]
 
     def __init__(self, config: WrappedConfig, causal_lm: CausalLM | None = None) -> None:
         super().__init__(config)
-        self.causal_lm = create(config.model_config) if causal_lm is None else causal_lm
+        self.causal_lm = create(config.current()) if causal_lm is None else causal_lm
+        config.hold(self.causal_lm.config)
         self.config.dtype = self.causal_lm.dtype
-        self.all_tied_weights_keys: dict[str, str] = {}
-        if config.model_config.tie_word_embeddings:
-            self.all_tied_weights_keys = {"causal_lm.lm_head.weight": "causal_lm.model.embed_tokens.weight"}
-        self.generation_config = GenerationConfig(**to_generation_dict(config.model_config), use_cache=False)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        folder: str | Path,
-        *,
-        config: WrappedConfig | None = None,
-        dtype: str | torch.dtype | None = None,
-        torch_dtype: str | torch.dtype | None = None,
-        device_map: Any = None,
-        **options: Any,
-    ) -> Any:
-        """The model of a folder or hub id, its weights read by ``phi35.load``.
-
-        Args:
-            folder: as ``phi35.load`` takes it.
-            config: what ``AutoConfig`` gave; the folder's own files decide.
-            dtype: of the weights; by default as stored.
-            torch_dtype: the older name of ``dtype``.
-            device_map: one device, such as "cpu", "cuda:0" or {"": 0}; by default the CPU.
-            **options: of transformers; those that would change what is loaded are refused.
-
-        Raises:
-            ValueError: for an option or map that is not supported, and as ``phi35.load``.
-        """
-        _refuse({key: value for key, value in options.items() if key not in _HARMLESS}, "from_pretrained")
-        device = _one_device(device_map)
-        picked = dtype if dtype is not None else torch_dtype
-        causal_lm, _ = load(folder, device=device, dtype="auto" if picked is None else picked)
-        wrapped_config = cls.config_class.of(causal_lm.config)
-        wrapped_config.name_or_path = str(folder)
-        return cls(wrapped_config, causal_lm).eval()
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        max_shard_size: int | str = "5GB",
-        **options: Any,
-    ) -> None:
-        """Write weights and config in the published names, as ``phi35.save``.
-
-        Raises:
-            ValueError: for options that would change what is written, and as ``phi35.save``.
-        """
-        _refuse({key: value for key, value in options.items() if key != "safe_serialization"}, "save_pretrained")
-        if is_main_process:
-            save(self.causal_lm, None, save_directory, max_shard_size)
+        self._name_tied_weights()
+        self.generation_config = GenerationConfig(**to_generation_dict(self.causal_lm.config), **self._unwritten())
 
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         logits_to_keep: int = 0,
-        use_cache: bool | None = None,
-        past_key_values: None = None,
+        output_router_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Any = None,
     ) -> Any:
-        """One pass without a cache; arguments as of ``CausalLM.forward``.
+        """One pass; arguments as of ``CausalLM.forward`` save the following.
+
+        Args:
+            position_ids: (B, T); without mask and cache they may start from 0 several times in a row of samples one
+                after another: then each sample attends to itself alone.
+            past_key_values: what ``new_cache`` makes; ``cache`` is its newer name.
+            use_cache: None makes a cache where the config says so, no labels are given and no gradient is recorded.
+            pixel_values: (C, 3, S, S) crops of all images, or (N, most crops, 3, S, S) as ``AutoProcessor`` gives them.
+            output_router_logits: of sparse models: return the router's scores and the balancing loss, and add that,
+                times ``router_aux_loss_coef``, to the loss. None takes the config's.
+            num_items_in_batch: labels of all micro-batches of a step: the loss is a sum divided by it, and the
+                balancing loss counts by this batch's share of them.
 
         Returns:
-            loss (with labels; the cross-entropy alone, without the router's losses) and logits (B, T, V), as a tuple
-            with ``return_dict=False``.
+            transformers' output of a (sparse) causal model, as a tuple with ``return_dict=False``.
 
         Raises:
-            ValueError: for a cache, and as ``CausalLM.forward``.
+            ValueError: for what is not supported, and as ``CausalLM.forward``.
         """
-        if use_cache or past_key_values is not None:
-            raise ValueError("the transformers classes keep no cache: leave out use_cache and past_key_values")
-        output = self.causal_lm(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            logits_to_keep=logits_to_keep,
-            return_logits=True,
+        refuse({"output_attentions": output_attentions}, "forward")
+        if not isinstance(logits_to_keep, int):
+            raise ValueError("logits_to_keep must be a whole number: the last n positions, or 0 for all")
+        if labels is not None and logits_to_keep:
+            raise ValueError("labels need the logits of all positions: leave out logits_to_keep")
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            check_cache(cache)
+        elif self._makes_cache(use_cache, labels):
+            cache = self.new_cache()
+        if pixel_values is not None and pixel_values.dim() == 5:
+            pixel_values = packed_crops(self.causal_lm, pixel_values, image_sizes)
+        lengths = None
+        if position_ids is not None and cache is None and attention_mask is None:
+            lengths = packed_lengths(position_ids)
+        targets = None
+        if labels is not None:
+            targets = shift_labels(labels if lengths is None else ignore_first_tokens(labels, lengths))
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with layer_states(self.causal_lm, bool(wants_states)) as states:
+            output = self._run(
+                cache,
+                {
+                    "input_ids": input_ids,
+                    "inputs_embeds": inputs_embeds,
+                    "attention_mask": attention_mask,
+                    "position_ids": None if lengths is not None else position_ids,
+                    "logits_to_keep": logits_to_keep,
+                },
+                {"pixel_values": pixel_values, "image_sizes": image_sizes, "sequence_lengths": lengths},
+                targets,
+            )
+        wants_routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        aux_loss = self._balancing_loss(output, attention_mask) if wants_routing and output.router_outputs else None
+        loss = self._total_loss(output.loss, aux_loss, targets, num_items_in_batch)
+        result = model_output(
+            self.causal_lm.config.is_sparse,
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=output.logits,
+            cache=cache,
+            hidden_states=(*states, output.hidden_states) if wants_states else None,
+            router_logits=output.router_logits if wants_routing and output.router_outputs else None,
         )
-        result = CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
         return result.to_tuple() if return_dict is False else result
-
-    def generate(self, inputs: torch.Tensor | None = None, *arguments: Any, **options: Any) -> Any:
-        """Generation of transformers, without a cache.
-
-        Raises:
-            ValueError: for ``use_cache=True``; ``causal_lm.generate`` and ``phi35.generate`` keep one.
-        """
-        if options.pop("use_cache", None):
-            raise ValueError("the transformers classes keep no cache: call model.causal_lm.generate, which keeps one")
-        return super().generate(inputs, *arguments, use_cache=False, **options)
-
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Inputs of one step: the whole row, its mask and its pictures."""
-        names = ("attention_mask", "pixel_values", "image_sizes")
-        return {"input_ids": input_ids, "logits_to_keep": 1} | {name: kwargs.get(name) for name in names}
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -197,53 +134,131 @@ class WrappedCausalLM(PreTrainedModel, GenerationMixin):
         """Recompute layers in the backward pass; ``use_reentrant`` (by default False) picks torch's form."""
         given = dict(gradient_checkpointing_kwargs or {})
         reentrant = given.pop("use_reentrant", False)
-        _refuse(given | options, "gradient_checkpointing_enable")
+        refuse(given | options, "gradient_checkpointing_enable")
         self.causal_lm.gradient_checkpointing = "reentrant" if reentrant else True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations again."""
         self.causal_lm.gradient_checkpointing = False
 
-    def get_input_embeddings(self) -> torch.nn.Module:
+    def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
         return self.causal_lm.model.embed_tokens
 
-    def get_output_embeddings(self) -> torch.nn.Module:
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another token embedding in its place; the head follows where the config ties them."""
+        self.causal_lm.model.embed_tokens = value
+        if self.causal_lm.config.tie_word_embeddings and isinstance(value, nn.Embedding):
+            self.causal_lm.lm_head.weight = value.weight
+
+    def get_output_embeddings(self) -> nn.Module:
         """The head."""
         return self.causal_lm.lm_head
 
-    def tie_weights(self, *arguments: Any, **options: Any) -> None:
-        """Point the head at the embedding where the config ties them."""
-        self.causal_lm.tie_weights()
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Put another head in its place; a plain linear layer becomes one that knows the loss, with its parameters."""
+        if isinstance(new_embeddings, nn.Linear) and not isinstance(new_embeddings, LanguageModelHead):
+            linear = new_embeddings
+            head = LanguageModelHead(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+            head.weight, head.bias = linear.weight, linear.bias
+            head.fused = getattr(self.causal_lm.lm_head, "fused", False)
+            new_embeddings = head.train(linear.training)
+        self.causal_lm.lm_head = new_embeddings
 
-    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> Any:
-        """Refused: the vocabulary is part of the frozen config.
+    def tie_weights(self, *arguments: Any, **options: Any) -> None:
+        """Point the head at the embedding, or give it a weight of its own, as ``config.tie_word_embeddings`` says."""
+        if "causal_lm" not in self._modules:
+            return
+        model, tied = self.causal_lm, bool(self.config.tie_word_embeddings)
+        if tied != model.config.tie_word_embeddings:
+            self._take_config()
+            if not tied:
+                model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        model.tie_weights()
+        self._name_tied_weights()
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Change the size of the vocabulary, as transformers does; the model's config follows.
 
         Raises:
-            ValueError: always.
+            ValueError: where embedding or head are held in few bits.
         """
-        raise ValueError("the vocabulary of a loaded model is fixed: resize_token_embeddings is not supported")
+        parts = (self.get_input_embeddings(), self.get_output_embeddings())
+        if not isinstance(parts[0], nn.Embedding) or not isinstance(parts[1], nn.Linear):
+            raise ValueError("embedding and head must be unquantized to be resized: quantize the model afterwards")
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self._take_config()
+        return embeddings
+
+    def _makes_cache(self, use_cache: bool | None, labels: torch.Tensor | None) -> bool:
+        if use_cache is None:
+            return bool(self.config.use_cache) and labels is None and not torch.is_grad_enabled()
+        if use_cache and self.training and self.causal_lm.gradient_checkpointing:
+            warnings.warn("gradient checkpointing keeps no cache: use_cache=True has no effect", stacklevel=3)
+            return False
+        return use_cache
+
+    def _run(
+        self,
+        cache: Any,
+        inputs: dict[str, Any],
+        others: dict[str, torch.Tensor | None],
+        targets: torch.Tensor | None,
+    ) -> CausalLMOutput:
+        """The pass itself, with a mean loss where there are targets."""
+        if cache is None:
+            return self.causal_lm(**inputs, **others, targets=targets, return_logits=True)
+        pixel_values, ids = others["pixel_values"], inputs["input_ids"]
+        if pixel_values is not None:
+            decoder = self.causal_lm.model
+            if ids is None or decoder.vision_embed_tokens is None:
+                raise ValueError("pixel_values need input_ids, and a model with an image path")
+            embeds = decoder.embed_tokens(ids.clamp(min=0))
+            embeds = decoder.vision_embed_tokens(ids, embeds, pixel_values, others["image_sizes"])
+            inputs = inputs | {"input_ids": None, "inputs_embeds": embeds}
+        output = cache.extend(self.causal_lm, **inputs)
+        if targets is not None:
+            output.loss = loss_from_logits(output.logits, targets.to(output.logits.device))
+        return output
+
+    def _balancing_loss(self, output: CausalLMOutput, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        assert output.hidden_states is not None
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -output.hidden_states.shape[1] :]
+        return resolve("losses.load_balancing")(output.router_outputs, attention_mask)
+
+    def _total_loss(
+        self,
+        loss: torch.Tensor | None,
+        aux_loss: torch.Tensor | None,
+        targets: torch.Tensor | None,
+        num_items: torch.Tensor | int | None,
+    ) -> torch.Tensor | None:
+        if loss is None or targets is None:
+            return None
+        if aux_loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        if num_items is None:
+            return loss
+        share = (targets >= 0).sum().clamp(min=1).to(loss.device) / torch.as_tensor(num_items, device=loss.device)
+        return loss * share
+
+    def _unwritten(self) -> dict[str, list[int]]:
+        """The image token, which the next pass would take for a picture's place, is never generated."""
+        vision = self.causal_lm.config.vision
+        return {} if vision is None else {"suppress_tokens": [vision.image_token_id]}
+
+    def _name_tied_weights(self) -> None:
+        self.all_tied_weights_keys: dict[str, str] = {}
+        if self.causal_lm.config.tie_word_embeddings:
+            self.all_tied_weights_keys = {"causal_lm.lm_head.weight": "causal_lm.model.embed_tokens.weight"}
 
 
 def _classes(model_type: str) -> tuple[type[WrappedConfig], type[WrappedCausalLM]]:
-    name = ARCHITECTURES[model_type].removesuffix("ForCausalLM")
-    config_class = type(f"{name}Config", (WrappedConfig,), {"model_type": model_type, "__module__": __name__})
-    model_class = type(f"{name}ForCausalLM", (WrappedCausalLM,), {"config_class": config_class, "__module__": __name__})
-    return config_class, model_class
-
-
-def _refuse(options: dict[str, Any], where: str) -> None:
-    given = sorted(name for name, value in options.items() if value not in (None, False))
-    if given:
-        raise ValueError(f"{where} does not support {given} for the models of phi35: leave them out")
-
-
-def _one_device(device_map: Any) -> torch.device:
-    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    if len(devices) != 1 or devices & {"auto", "balanced", "balanced_low_0", "sequential", "disk"}:
-        raise ValueError(f"device_map must name one device, such as 'cuda:0' or {{'': 0}}, got {device_map!r}")
-    device = devices.pop()
-    return torch.device("cpu" if device is None else device)
+    config, name = config_class(model_type), ARCHITECTURES[model_type]
+    return config, type(name, (WrappedCausalLM,), {"config_class": config, "__module__": __name__})
 
 
 CLASSES = {model_type: _classes(model_type) for model_type in ARCHITECTURES}

@@ -62,8 +62,7 @@ def test_greedy_generation_equals_ours(folder: Path, padded: bool) -> None:
     ours = model.causal_lm.generate(IDS, attention_mask=mask, max_new_tokens=12)
     assert torch.equal(theirs, ours)
     assert len(set(theirs[0, IDS.shape[1] :].tolist())) > 2
-    with pytest.raises(ValueError, match="no cache"):
-        model.generate(IDS, use_cache=True)
+    assert torch.equal(model.generate(IDS, attention_mask=mask, max_new_tokens=12, use_cache=False), ours)
 
 
 @pytest.mark.filterwarnings("ignore:.*no tokenizer.json")
@@ -94,8 +93,8 @@ def test_gradient_checkpointing_keeps_the_gradient(folder: Path, reentrant: bool
 
 
 def test_what_is_not_supported_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="device_map must name one device"):
-        AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+    with pytest.raises(ValueError, match="expected one device"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map={"causal_lm.model": 0, "causal_lm.lm_head": 1})
     with pytest.raises(ValueError, match="quantization_config"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config={"bits": 4})
 

@@ -1,0 +1,98 @@
+"""Configs of transformers that hold this package's own."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from phi35.config import ModelConfig
+from phi35.config_io import ARCHITECTURES, from_hf_dict, to_hf_dict
+
+_NOT_COPIED = {"model_type", "rope_scaling", "vision", "quantization"}
+COPIED = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in _NOT_COPIED)
+"""Fields of ``ModelConfig`` that stand on a wrapped config too, where libraries read and change them."""
+
+
+class WrappedConfig(PreTrainedConfig):
+    """A config of transformers around one of this package.
+
+    The plain fields (sizes, ids, rates, coefficients) are attributes too. A changed one is a changed model:
+    ``current`` gives the config with the changes in it, which is what models are built from.
+
+    Attributes:
+        model_config: what the files said.
+        output_router_logits: a sparse model returns its router's scores and adds the balancing loss, times
+            ``router_aux_loss_coef``, to its loss.
+    """
+
+    model_config: Any = None
+    output_router_logits: bool = False
+
+    @classmethod
+    def of(cls, model_config: ModelConfig) -> Any:
+        """The config around one of this package."""
+        config = cls(architectures=[ARCHITECTURES[cls.model_type]])
+        config.hold(model_config)
+        config.output_router_logits = False
+        config.use_cache = True
+        return config
+
+    def hold(self, model_config: ModelConfig) -> None:
+        """Take a config of this package, its fields included."""
+        self.model_config = model_config
+        for name in COPIED:
+            setattr(self, name, getattr(model_config, name))
+
+    def current(self) -> ModelConfig:
+        """The config of this package, with the fields that were set on this one since.
+
+        Raises:
+            ValueError: for values that do not fit together.
+        """
+        held: ModelConfig = self.model_config
+        changed = {name: getattr(self, name) for name in COPIED if getattr(self, name) != getattr(held, name)}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if name in changed and not isinstance(changed[name], int):
+                del changed[name]  # a trainer writes its tokenizer's ids here; the model has one of each
+        return held.replace(**changed) if changed else held
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """The config of a ``config.json``.
+
+        Options that name a field change it; with ``return_unused_kwargs`` the others come back, else they are refused.
+
+        Raises:
+            ValueError: as ``phi35.config_io.from_hf_dict``, for values that do not fit, and for unknown options.
+        """
+        options.pop("_from_auto", None)
+        unused = options.pop("return_unused_kwargs", False)
+        name = options.pop("name_or_path", None)
+        config = cls.of(from_hf_dict(config_dict))
+        config.output_router_logits = bool(config_dict.get("output_router_logits", False))
+        config.name_or_path = str(name or "")
+        for key in [key for key in options if key in (*COPIED, "use_cache", "output_router_logits")]:
+            setattr(config, key, options.pop(key))
+        config.current()
+        unknown = sorted(key for key, value in options.items() if not key.startswith("_") and value is not None)
+        if unknown and not unused and set(unknown) - {"dtype", "torch_dtype", "trust_remote_code"}:
+            raise ValueError(f"unknown config fields {unknown}; known are {sorted(COPIED)}")
+        return (config, options) if unused else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Contents of ``config.json`` in the published names."""
+        contents = to_hf_dict(self.current(), self.dtype or torch.float32)
+        if "output_router_logits" in contents:
+            contents["output_router_logits"] = self.output_router_logits
+        return contents
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As ``to_dict``: a published file names its defaults."""
+        return self.to_dict()
+
+
+def config_class(model_type: str) -> type[WrappedConfig]:
+    """The config class of a model type, named as the published one."""
+    name = ARCHITECTURES[model_type].removesuffix("ForCausalLM")
+    return type(f"{name}Config", (WrappedConfig,), {"model_type": model_type, "__module__": __name__})

@@ -1,0 +1,183 @@
+"""Models of transformers from folders and back, by this package's own readers and writers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi35.checkpoint.rules import to_disk
+from phi35.checkpoint.writer import write_json, write_weights
+from phi35.config import ModelConfig
+from phi35.config_io import from_hf_dict, to_hf_dict
+from phi35.interop.configuration import WrappedConfig
+from phi35.loading import find_folder, load, load_config, read_json, save, write_configs
+from phi35.meta_model import meta_model
+
+_HARMLESS = {
+    "trust_remote_code",
+    "_from_auto",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "adapter_kwargs",
+    "_commit_hash",
+    "revision",
+    "max_memory",
+}
+_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+class Folders:
+    """``from_pretrained`` and ``save_pretrained``."""
+
+    config: Any
+    causal_lm: Any
+    config_class: Any
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        config: WrappedConfig | None = None,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """The model of a folder or hub id, its weights read by ``phi35.load``.
+
+        Args:
+            folder: as ``phi35.load`` takes it.
+            config: what ``AutoConfig`` gave. Fields changed on it are changed in the model.
+            dtype: of the weights; by default as stored.
+            torch_dtype: the older name of ``dtype``.
+            device_map: a device, such as "cpu", "cuda:0" or {"": 0}, or "auto": the first GPU if the model fits there
+                by accelerate's count, else the CPU; by default the CPU.
+            attn_implementation: "sdpa", which is what these models use.
+            **options: of transformers; fields of the config change it, others that would change what is loaded are
+                refused.
+
+        Raises:
+            ValueError: for an option or map that is not supported, a config that does not fit the weights, and as
+                ``phi35.load``.
+        """
+        if attn_implementation not in (None, "sdpa"):
+            raise ValueError(f"attn_implementation must be 'sdpa' for the models of phi35, got {attn_implementation!r}")
+        picked = dtype if dtype is not None else torch_dtype
+        found = find_folder(folder)
+        wrapped, rest = _config_of(cls.config_class, found, config, options)
+        memory = rest.pop("max_memory", None)
+        refuse({key: value for key, value in rest.items() if key not in _HARMLESS}, "from_pretrained")
+        device = _device(device_map, wrapped.model_config, picked, memory)
+        causal_lm, _ = load(found, device=device, dtype="auto" if picked is None else picked, config=wrapped.current())
+        wrapped.hold(causal_lm.config)
+        wrapped.name_or_path = str(folder)
+        return cls(wrapped, causal_lm).eval()  # type: ignore[call-arg, attr-defined]
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        max_shard_size: int | str = "5GB",
+        **options: Any,
+    ) -> None:
+        """Write weights and config in the published names, as ``phi35.save``.
+
+        Args:
+            save_directory: where to.
+            is_main_process: others write nothing.
+            state_dict: weights to write in place of the model's own, under this module's names, as trainers gather
+                them.
+            max_shard_size: bytes per weight file.
+            **options: those that would change what is written are refused.
+
+        Raises:
+            ValueError: for options and weights that do not fit, and as ``phi35.save``.
+        """
+        refuse({key: value for key, value in options.items() if key != "safe_serialization"}, "save_pretrained")
+        if not is_main_process:
+            return
+        target = Path(save_directory).expanduser()
+        self._take_config()
+        if state_dict is None:
+            save(self.causal_lm, None, target, max_shard_size)
+        else:
+            tensors = to_disk(self.causal_lm.config, _own_names(state_dict, self.causal_lm.state_dict()))
+            write_weights(target, tensors, max_shard_size)
+            write_configs(target, self.causal_lm.config, self.causal_lm.dtype)
+        if self.config.output_router_logits:
+            contents = to_hf_dict(self.causal_lm.config, self.causal_lm.dtype)
+            write_json(target / "config.json", contents | {"output_router_logits": True})
+
+    def _take_config(self) -> None:
+        """Build the frozen config anew from what was set on the wrapped one."""
+        config = self.config.current()
+        self.config.hold(config)
+        self.causal_lm.config = self.causal_lm.model.config = config
+
+
+def refuse(options: dict[str, Any], where: str) -> None:
+    """Raise ValueError for options that were set."""
+    given = sorted(name for name, value in options.items() if value not in (None, False))
+    if given:
+        raise ValueError(f"{where} does not support {given} for the models of phi35: leave them out")
+
+
+def _config_of(
+    kind: Any, folder: Path, given: WrappedConfig | None, options: dict[str, Any]
+) -> tuple[WrappedConfig, dict[str, Any]]:
+    """The folder's config with the fields that ``given`` and the options change, and the options left."""
+    contents = read_json(folder / "config.json") or {}
+    stored, rest = kind.from_dict(contents, return_unused_kwargs=True, **options)
+    whole = load_config(folder)
+    if given is not None and not isinstance(given, WrappedConfig):
+        raise ValueError(
+            f"config must be what AutoConfig gives after phi35.interop.register(), got {type(given).__name__}"
+        )
+    changes: dict[str, Any] = {}
+    for source in (given, stored):
+        changes |= {} if source is None else _changes(source.current(), from_hf_dict(contents))
+    config = kind.of(whole.replace(**changes))
+    for name in ("use_cache", "output_router_logits"):
+        source = stored if name in options or given is None else given
+        setattr(config, name, getattr(source, name))
+    return config, rest
+
+
+def _changes(wanted: ModelConfig, stored: ModelConfig) -> dict[str, Any]:
+    pairs = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(ModelConfig)}
+    return {name: value for name, value in pairs.items() if value != getattr(stored, name)}
+
+
+def _device(device_map: Any, config: ModelConfig, dtype: Any, memory: Any) -> torch.device:
+    """The one device that a map stands for."""
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    if device_map in _SPREADING if isinstance(device_map, str) else False:
+        from accelerate import infer_auto_device_map
+
+        size = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.bfloat16)
+        spread = infer_auto_device_map(
+            meta_model(config), max_memory=memory, no_split_module_classes=["DecoderLayer"], dtype=size
+        )
+        devices = set(spread.values())
+    if len(devices) != 1 or "disk" in devices:
+        raise ValueError(
+            f"device_map {device_map!r} puts the model on {sorted(map(str, devices))}: expected one device, such as "
+            "'cuda:0' or {'': 0}; quantize the model (phi35 quantize) where it is too large for one"
+        )
+    device = devices.pop()
+    return torch.device("cpu" if device is None else device)
+
+
+def _own_names(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights under ``CausalLM``'s names; tied ones may be missing."""
+    named = {name.removeprefix("causal_lm."): tensor for name, tensor in given.items()}
+    if "lm_head.weight" in own and "lm_head.weight" not in named and "model.embed_tokens.weight" in named:
+        named["lm_head.weight"] = named["model.embed_tokens.weight"]
+    wrong = sorted(set(named) ^ set(own))
+    if wrong:
+        raise ValueError(f"state_dict does not name this model's tensors: {wrong[:5]} are missing or unknown")
+    return named
