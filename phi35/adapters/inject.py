@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from phi35.adapters.config import EXPERT_PARAMETERS, ROUTER_PARAMETER, AdapterConfig, expert_names, linear_names
+from phi35.config import ModelConfig
+from phi35.training.parameter_groups import part_of
 
 ADAPTER = "default"
 """PEFT's name of an adapter where nobody gives another."""
@@ -86,6 +88,18 @@ def inject(model: Any, lora_config: Any, adapter_name: str = ADAPTER) -> Any:
 def is_adapter(name: str) -> bool:
     """Whether a parameter is an adapter's, by its name."""
     return ".lora_" in name
+
+
+def active_parameters(model: nn.Module, config: ModelConfig) -> dict[str, int]:
+    """Parameters of the adapters that one token passes through, by part of the model: of the experts the chosen."""
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            part, count = part_of(name), int(getattr(parameter, "ds_numel", parameter.numel()))
+            if part == "experts":
+                count = count * config.num_experts_per_tok // config.num_local_experts
+            found[part] = found.get(part, 0) + count
+    return found
 
 
 @contextlib.contextmanager

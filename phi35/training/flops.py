@@ -64,6 +64,7 @@ class TrainingFlops:
     Args:
         config: of the model.
         freeze: parts that are not trained (``phi35.training.config_checks.PARTS``).
+        adapters: of a run that trains adapters alone, their parameters that one token passes through, by part.
 
     Attributes:
         per_token: without attention's pairs.
@@ -72,11 +73,15 @@ class TrainingFlops:
         per_image_token: of the projector.
     """
 
-    def __init__(self, config: ModelConfig, freeze: Collection[str] = ()) -> None:
+    def __init__(
+        self, config: ModelConfig, freeze: Collection[str] = (), adapters: Mapping[str, int] | None = None
+    ) -> None:
         self.config = config
-        sizes = matmul_parameters(config)
-        passes = _passes({part: part not in freeze for part in sizes})
+        sizes, added = matmul_parameters(config), dict(adapters or {})
+        trained = {part: part not in freeze and not added for part in sizes}
+        passes = _passes(trained, added)
         self.per_token = float(sum(2 * passes[part] * sizes[part] for part in _IN_DECODER if part in sizes))
+        self.per_token += sum(6.0 * added.get(part, 0) for part in _IN_DECODER)
         heads = config.num_attention_heads * config.attention_head_dim
         deep = passes["attention"]
         self.per_pair = 4.0 * deep * config.num_hidden_layers * heads
@@ -87,10 +92,10 @@ class TrainingFlops:
             sequence = patches + 1  # the class token
             self.per_crop = (
                 2.0 * passes["patches"] * sizes["patches"] * patches
-                + 2.0 * passes["tower"] * sizes["tower"] * sequence
+                + (2.0 * passes["tower"] * sizes["tower"] + 6.0 * added.get("tower", 0)) * sequence
                 + 4.0 * passes["tower"] * blocks * vision.hidden_size * sequence * sequence
             )
-            self.per_image_token = 2.0 * passes["projector"] * sizes["projector"]
+            self.per_image_token = 2.0 * passes["projector"] * sizes["projector"] + 6.0 * added.get("projector", 0)
 
     def __call__(self, work: Work) -> float:
         """Operations of one batch."""
@@ -176,14 +181,18 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 _IN_DECODER = ("decoder", "router", "experts", "embeddings")
 
 
-def _passes(trained: dict[str, bool]) -> dict[str, int]:
-    """Products per matrix and token: 1 forward, 1 for the gradient of the input, 1 for that of the weights."""
+def _passes(trained: dict[str, bool], adapted: Collection[str] = ()) -> dict[str, int]:
+    """Products per matrix and token: 1 forward, 1 for the gradient of the input, 1 for that of the weights.
+
+    A matrix with an adapter needs the gradient of its input from the second on: counted for all, as a tower has many.
+    """
     before = trained.get("tower", False)
     passes = {"patches": 1 + before}  # pixels need no gradient
-    passes["tower"] = 1 + 2 * before
-    before = before or trained.get("projector", False)
+    before = before or "tower" in adapted
+    passes["tower"] = 1 + before + trained.get("tower", False)
+    before = before or trained.get("projector", False) or "projector" in adapted
     passes["projector"] = 1 + before + trained.get("projector", False)
-    layers = [part for part in ("decoder", "router", "experts") if trained.get(part, False)]
+    layers = [part for part in ("decoder", "router", "experts") if trained.get(part, False) or part in adapted]
     # The head's part holds the token embeddings too, which stand before the decoder.
     before = before or trained.get("embeddings", False) or bool(layers)
     for part in _IN_DECODER:
