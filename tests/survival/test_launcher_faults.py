@@ -42,7 +42,13 @@ class Launched:
         command = ["deepspeed", "--num_gpus", "2", "--master_port", str(_free_port()), str(script), *arguments]
         with open(self.log, "w") as log:
             self.runner = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=heed_interrupts,
             )
         self.all: set[int] = {self.runner.pid}
 
@@ -74,6 +80,11 @@ class Launched:
         for pid in self.all:
             if runs(pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+def heed_interrupts():
+    """A shell that starts these tests in the background makes them, and all they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def runs(pid):
@@ -128,6 +139,7 @@ step, calls = Engine.step, []
 def told_step(self, *arguments):
     calls.append(1)
     if len(calls) == 4 and os.environ["RANK"] == "1":
+        print("three steps are done", flush=True)
         time.sleep(4)  # until the processes have been looked at
         {action}
     return step(self, *arguments)
@@ -151,7 +163,7 @@ def test_a_rank_that_fails_takes_the_others_down(tmp_path, fault_report, action,
     script.write_text(DYING.format(root=str(ROOT), action=action))
     arguments = [f"output_dir={tmp_path / 'run'}", "max_steps=100000", "export=false", "hang_timeout_seconds=10"]
     launched = Launched(script, [*arguments, "global_batch_size=4", "sequence_length=32"], tmp_path)
-    launched.wait_until("3/100000")
+    launched.wait_until("three steps are done")
     seconds = launched.seconds_until_gone(limit=60)
     log = launched.log.read_text()
     assert said in log
