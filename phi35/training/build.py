@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from phi35 import presets
-from phi35.checkpoint.reader import fill, match_headers, read_headers
-from phi35.checkpoint.rules import CheckpointPlan, state_shapes
+from phi35.checkpoint.reader import StoredTensor, fill, match_headers, read_headers
+from phi35.checkpoint.rules import CheckpointPlan, Match, state_shapes
 from phi35.config import ModelConfig
 from phi35.loading import allocate, load_config
 from phi35.meta_model import meta_model
@@ -73,17 +73,17 @@ def build_model(
         device: where the model trains; None is the CPU.
 
     Raises:
-        ValueError: for weights that do not fit, or ``init_device`` "cuda" in a run on a CPU.
+        ValueError: for weights that do not fit the config (``model_overrides`` included), or ``init_device`` "cuda" in
+            a run on a CPU.
     """
     device = device or torch.device("cpu")
     if config.init_device == "cuda" and device.type != "cuda":
         raise ValueError(f"init_device='cuda' draws weights on a run's GPU, and this run is on {device.type}")
     model = meta_model(model_config)
     folder, stored, match = Path(config.model), None, None
-    if reader is None and (folder / "config.json").is_file() and not config.model_overrides:
+    if reader is None and (folder / "config.json").is_file():
         stored = read_headers(folder)
-        plan = CheckpointPlan(model_config, state_shapes(model_config, model.state_dict()))
-        match = match_headers(plan, stored, folder)
+        match = _match(model, model_config, stored, config)
     freeze_parameters(model, config)
     shard_experts(model, config)
     allocate(model, device, lambda parameter: _weights_dtype(parameter, config))
@@ -97,6 +97,23 @@ def build_model(
     if config.tower is not None and reader is None:
         resolve("vision.pretraining:load_tower")(model, config.tower)
     return model
+
+
+def _match(
+    model: torch.nn.Module, model_config: ModelConfig, stored: dict[str, StoredTensor], config: TrainingConfig
+) -> Match:
+    """Where the folder's tensors go; all of them must, also where the config was changed."""
+    plan = CheckpointPlan(model_config, state_shapes(model_config, model.state_dict()))
+    try:
+        return match_headers(plan, stored, Path(config.model))
+    except ValueError as error:
+        if not config.model_overrides:
+            raise
+        raise ValueError(
+            f"the weights of model {config.model!r} do not fit its config with model_overrides "
+            f"{config.model_overrides}: leave out what changes their shapes, or name a preset for random weights. "
+            f"{error}"
+        ) from error
 
 
 def _weights_dtype(parameter: torch.nn.Parameter, config: TrainingConfig) -> torch.dtype:

@@ -20,7 +20,7 @@ class TrainingConfig:
 
     Attributes:
         model: preset name (random weights) or folder of a checkpoint in Hugging Face form.
-        model_overrides: fields of the model's config to change.
+        model_overrides: fields of the model's config to change; a folder's weights must fit all the same.
         tower: safetensors file with weights of the vision tower, loaded after the model is built; None for none.
         processor: folder of the tokenizer (and processor) where the model folder has none; None for the small
             tokenizer in the package.
@@ -51,7 +51,7 @@ class TrainingConfig:
         dtype: "float32", or "bfloat16" with float32 master weights.
         optimizer_dtype: "float32", or "bfloat16" for masters and moments with stochastic rounding (8 bytes a parameter
             in place of 16; dtype bfloat16 at zero_stage 0).
-        zero_stage: 0 to 3; None: 0 for one process, else 1.
+        zero_stage: 0 to 3; None: 0 for one process, else 2.
         offload: "none", or "optimizer": master weights and moments in host memory.
         ep_size: ranks that share one set of experts; None: the greatest common divisor of ranks and experts
             (1 for dense models and ZeRO-3).
@@ -210,8 +210,9 @@ class TrainingConfig:
         problems = []
         micro_batch_size, ep_size, zero_stage = self.micro_batch_size, self.ep_size, self.zero_stage
         if zero_stage is None:
-            # Sharding over one process only copies: the optimizer then works on the gradients where they lie.
-            zero_stage = 0 if world_size == 1 and self.offload == "none" else 1
+            # Sharding over one process only copies: the optimizer then works on the gradients where they lie. Over
+            # several, DeepSpeed keeps the gradients whole at stage 1, in float32 and in bfloat16.
+            zero_stage = 0 if world_size == 1 and self.offload == "none" else 2
         if world_size % self.sequence_parallel_size:
             problems.append(
                 f"sequence_parallel_size ({self.sequence_parallel_size}) must divide the number of processes "

@@ -11,7 +11,9 @@ def train_vision(rank, world_size, values):
     from phi35.training.config import TrainingConfig
     from phi35.training.run import train
 
-    summary = train(TrainingConfig(**values), device="cpu")
+    # At stage 3 no weight stays whole between two uses, as none does of a model that is large enough to need it.
+    sharded = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    summary = train(TrainingConfig(**values), sharded if values["zero_stage"] == 3 else None, device="cpu")
     return None if summary is None else {line["step"]: line["loss"].hex() for line in summary.history}
 
 
@@ -40,11 +42,12 @@ def values_of(shards, output, **changes):
     return {**base, **changes}
 
 
-def test_accuracy_and_held_out_loss_of_a_vision_run(shards, tmp_path):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accuracy_and_held_out_loss_of_a_vision_run(shards, tmp_path, stage):
     from phi35.evaluation.demo import evaluate
     from phi35.loading import load
 
-    world_size, stage = 2, 2
+    world_size = 2
     quiet = values_of(shards, tmp_path / "quiet", zero_stage=stage, export=False)
     evaluated = values_of(
         shards, tmp_path / "run", zero_stage=stage, eval_interval=2, eval_samples=8, eval_data=shards, eval_questions=1
@@ -84,5 +87,3 @@ def test_questions_for_a_text_model_are_refused():
     config = TrainingConfig(eval_interval=1, eval_questions=1)
     with pytest.raises(ValueError, match="text-only"):
         check_evaluation(config, presets.get("tiny-phi-3.5-mini"))
-    with pytest.raises(ValueError, match="zero_stage 0 to 2"):
-        check_evaluation(config.replace(zero_stage=3), presets.get("tiny-phi-3.5-vision"))

@@ -149,3 +149,27 @@ def test_drawing_on_a_gpu_needs_one():
         build({"model": MODEL, "init_device": "cuda"}, 1)
     with pytest.raises(ValueError, match=r"init_device must be one of \('cpu', 'cuda'\)"):
         build({"model": MODEL, "init_device": "gpu"}, 1)
+
+
+def test_a_folder_s_weights_are_loaded_under_overrides_that_leave_their_shapes(tmp_path):
+    model = phi35.create(MODEL, seed=SEED + 1)
+    phi35.save(model, None, tmp_path)
+    changes = {"router_jitter_noise": 0.5, "resid_pdrop": 0.1}
+    _, built = build({"model": str(tmp_path), "model_overrides": changes, "zero_stage": 1}, 1)
+    assert (built.config.router_jitter_noise, built.config.resid_pdrop) == (0.5, 0.1)
+    for name, parameter in built.named_parameters():
+        assert torch.equal(parameter, whole_weights(model)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_hidden_layers": 1}, r"model\.layers\.1\."),
+        ({"intermediate_size": 48}, "48"),
+        ({"vocab_size": 512}, "512"),
+    ],
+)
+def test_overrides_that_a_folder_s_weights_do_not_fit_are_an_error(tmp_path, changes, named):
+    phi35.save(phi35.create(MODEL), None, tmp_path)
+    with pytest.raises(ValueError, match=f"do not fit its config with model_overrides.*name a preset.*{named}"):
+        build({"model": str(tmp_path), "model_overrides": changes}, 1)

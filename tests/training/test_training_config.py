@@ -65,6 +65,21 @@ def test_resolve_fills_open_fields():
     assert TrainingConfig().resolve(world_size=4).ep_size == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_several_processes_take_the_stage_that_shards_gradients(dtype):
+    """Stage 0 where there is one process, which has nobody to shard with, else 2: stage 1 keeps gradients whole."""
+    from phi35 import presets
+    from phi35.planning.memory import plan_memory
+
+    config = TrainingConfig(dtype=dtype, micro_batch_size=1)
+    assert config.resolve(world_size=1).zero_stage == 0
+    assert config.replace(offload="optimizer").resolve(world_size=1).zero_stage == 2
+    model = presets.get("tiny-phi-3-mini-4k").replace(hidden_size=512, intermediate_size=2048)
+    stages = [config.replace(zero_stage=stage).resolve(world_size=4) for stage in (1, 2)]
+    first, second = (plan_memory(model, one, 4, bucket_size=1000).peak for one in stages)
+    assert config.resolve(world_size=4) == stages[1] and second < 0.9 * first
+
+
 @pytest.mark.parametrize(
     ("changes", "world_size", "experts", "message"),
     [
