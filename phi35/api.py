@@ -24,6 +24,7 @@ from phi35.image_cache import ImageFeatureCache
 from phi35.processor import IMAGE_TAG, Processor
 
 ROLE_TAGS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+DRAFT_PROBE = "Two tokenizers that agree here, 12,345 times <|user|>\n<|end|> über 漢字, are taken for one."
 MODEL_VARIABLE = "PHI35_MODEL"
 SMALL_MODEL = Path(__file__).parent / "small_model"
 
@@ -66,6 +67,9 @@ def generate(
     rope_mode: str = "reference",
     kv_cache_dtype: str | None = None,
     return_logprobs: bool = False,
+    speculation: str | None = None,
+    draft_model: Any = None,
+    num_draft_tokens: int | None = None,
     **unknown: Any,
 ) -> "str | list[str] | Iterator[str] | Answer | list[Answer]":
     """Answer a prompt, a list of prompts, or a chat.
@@ -96,6 +100,11 @@ def generate(
         rope_mode: "reference" or "pinned", see ``phi35.generation.decoding``.
         kv_cache_dtype: "int8" or "fp8" holds keys and values in eight bits; None in the model's dtype.
         return_logprobs: return ``Answer`` objects, with tokens and their log-probabilities, in place of texts.
+        speculation: "prompt_lookup" drafts tokens from the text so far and checks them together; the answer stays the
+            same and may come faster (docs/inference.md says where).
+        draft_model: a smaller model that drafts tokens instead: folder, hub id, pair or loaded model, of the same
+            tokenizer.
+        num_draft_tokens: most tokens drafted at a time; None takes 8 from text and 4 from a model.
         **unknown: refused, with the nearest known names.
 
     Returns:
@@ -124,6 +133,8 @@ def generate(
     refuse_tags_without_images(processor, texts)
     batch = processor(texts, images=images, num_crops=num_crops)
     stops = stop_strings(stop)
+    if draft_model is not None:
+        draft_model = _drafting(draft_model, processor, device, dtype)
     decoding = Decoding(
         loaded,
         **batch,
@@ -139,6 +150,9 @@ def generate(
         rope_mode=rope_mode,
         kv_cache_dtype=kv_cache_dtype,
         return_logprobs=return_logprobs,
+        speculation=speculation,
+        draft_model=draft_model,
+        num_draft_tokens=num_draft_tokens,
     )
     if stream:
         return _pieces(decoding, processor, stops)
@@ -153,6 +167,17 @@ def generate(
         for row, (text, ids) in enumerate(zip(answers, rows, strict=True))
     ]
     return full[0] if single else full
+
+
+def _drafting(
+    draft_model: Any, processor: Processor, device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> Any:
+    """The model that ``draft_model=`` means."""
+    named = isinstance(draft_model, str | os.PathLike)
+    draft, own = resolve_model(draft_model, device if named else None, dtype if named else None)
+    if own.tokenizer.encode(DRAFT_PROBE) != processor.tokenizer.encode(DRAFT_PROBE):
+        raise ValueError("draft_model= reads text by another tokenizer than the model: give one of the same family")
+    return draft
 
 
 def resolve_model(

@@ -89,6 +89,35 @@ class PagedCache:
         """Pages that rows can own."""
         return self.keys[0].shape[0] - 1
 
+    def add_pages(self, count: int) -> None:
+        """More pages, in new tensors: what was captured over the old ones must not run any more."""
+        first = self.keys[0].shape[0]
+        for tensors in (self.keys, self.values, self.key_scales, self.value_scales):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = torch.cat((old, old.new_zeros(count, *old.shape[1:])))
+        self._free += range(first + count - 1, first - 1, -1)
+        self._num_owners += [0] * count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        stored = (self.keys, self.values, self.key_scales, self.value_scales)
+        return sum(tensor.nbytes for tensors in stored for tensor in tensors)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that there can be at a time."""
+        return self.table.shape[0]
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order, in new tables; the others must have been released."""
+        assert not any(owned for row, owned in enumerate(self._owned) if row not in rows)
+        places = torch.tensor(rows, device=self.table.device)
+        for name in ("table", "step_table", "lengths", "rope_long"):
+            setattr(self, name, getattr(self, name)[places])
+        self._owned = [self._owned[row] for row in rows]
+        self._stepped = [self._stepped[row] for row in rows]
+
     def num_owned(self, row: int) -> int:
         """Pages that a row has."""
         return len(self._owned[row])
@@ -167,6 +196,32 @@ class PagedCache:
     def layer(self, number: int) -> LayerCache:
         """One layer of all rows, as prompts are read into it."""
         return layer_of(self, number, self.table)
+
+
+class RepeatedRows:
+    """The first rows of a paged cache, each several times side by side: a step then takes as many tokens of each.
+
+    Keys and values of all tokens of a step are stored before any of them attends, and each attends up to its own
+    position, so that the tokens of a row see those before them.
+
+    Args:
+        cache: the cache; all rows that it has for now must keep their pages until ``refresh``.
+        count: how many rows.
+        width: how many times each.
+    """
+
+    def __init__(self, cache: PagedCache, count: int, width: int) -> None:
+        self.cache, self.count, self.width = cache, count, width
+        self.batch_size = count * width
+        self.table = cache.table[:count].repeat_interleave(width, dim=0)
+
+    def refresh(self) -> None:
+        """Follow the rows' pages."""
+        self.table.copy_(self.cache.table[: self.count].repeat_interleave(self.width, dim=0))
+
+    def layer(self, number: int) -> LayerCache:
+        """One layer of these rows."""
+        return layer_of(self.cache, number, self.table)
 
 
 class PagedRows:

@@ -146,6 +146,8 @@ class Batcher:
         if options.get("kv_cache_dtype") is not None:
             raise ValueError("kv_cache_dtype belongs to the batcher, whose requests share one cache: give it there")
         checked = Decoding(self.model, ids, None, pixel_values, image_sizes, tokenizer=self.tokenizer, **options)
+        if checked.options.speculates:
+            raise ValueError("the batcher drafts no tokens: leave out speculation= and draft_model=")
         if len(checked.rows) != 1:
             raise ValueError(f"submit takes one prompt at a time, got {len(checked.rows)} rows")
         row = checked.rows[0]

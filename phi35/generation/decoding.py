@@ -19,14 +19,18 @@ import torch
 
 from phi35.cache_codes import kind_problem
 from phi35.generation.captured_steps import CapturedSteps, steps_for
+from phi35.generation.drafting import draft_problems
 from phi35.generation.plain_steps import PlainSteps
 from phi35.generation.rows import Row, finish_reason
 from phi35.generation.sampling import SamplingOptions, row_generators, seed_problems
+from phi35.generation.speculation import SpeculationStatistics, SpeculativeSteps
 from phi35.generation.stopping import stop_problems, stop_strings
 from phi35.generation.streaming import TextStream
 from phi35.tokenizer import Tokenizer
 
 ROPE_MODES = ("reference", "pinned")
+SPECULATIONS = ("prompt_lookup", "draft_model")
+DRAFTED_FROM_TEXT, DRAFTED_BY_A_MODEL = 8, 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,10 @@ class DecodingOptions(SamplingOptions):
         kv_cache_dtype: "int8" or "fp8" holds keys and values in eight bits (``phi35.cache_codes``), which halves the
             cache and changes the text a little; None holds them in the model's dtype.
         fast: take steps from a CUDA graph: None where the model and its device can, True or an error, False never.
+        speculation: "prompt_lookup" drafts tokens from the row's own text, "draft_model" by ``draft_model`` (which
+            alone means it); None drafts nothing. The text stays that without (``phi35.generation.speculation``).
+        draft_model: a smaller ``phi35.model.CausalLM`` of the same vocabulary, put into evaluation mode.
+        num_draft_tokens: most tokens that are drafted at a time; None takes 8 from text and 4 from a model.
     """
 
     max_new_tokens: int = 256
@@ -58,13 +66,28 @@ class DecodingOptions(SamplingOptions):
     return_logprobs: bool = False
     kv_cache_dtype: str | None = None
     fast: bool | None = None
+    speculation: str | None = None
+    draft_model: Any = None
+    num_draft_tokens: int | None = None
+
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens are drafted."""
+        return self.speculation is not None or self.draft_model is not None
+
+    @property
+    def draft_tokens(self) -> int:
+        """Most tokens of a draft."""
+        if self.num_draft_tokens is not None:
+            return self.num_draft_tokens
+        return DRAFTED_FROM_TEXT if self.draft_model is None else DRAFTED_BY_A_MODEL
 
     def all_problems(self, num_rows: int, vocab_size: int) -> list[str]:
         """What is wrong with the values, one message each."""
         problems = list(self.problems())
-        for name in ("max_new_tokens", "prefill_chunk_size"):
+        for name in ("max_new_tokens", "prefill_chunk_size", "num_draft_tokens"):
             value = getattr(self, name)
-            if value is None and name == "prefill_chunk_size":
+            if value is None and name != "max_new_tokens":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 problems.append(f"{name} must be a positive whole number, got {value!r}")
@@ -72,6 +95,14 @@ class DecodingOptions(SamplingOptions):
             problems.append(f"rope_mode must be one of {ROPE_MODES}, got {self.rope_mode!r}")
         if (problem := kind_problem(self.kv_cache_dtype)) is not None:
             problems.append(problem)
+        if self.speculation not in (None, *SPECULATIONS):
+            problems.append(f"speculation must be None or one of {SPECULATIONS}, got {self.speculation!r}")
+        elif self.speculation == "draft_model" and self.draft_model is None:
+            problems.append("speculation='draft_model' needs draft_model=, a smaller model of the same vocabulary")
+        elif self.speculation == "prompt_lookup" and self.draft_model is not None:
+            problems.append("speculation='prompt_lookup' and draft_model= came together: give one of them")
+        elif self.num_draft_tokens is not None and not self.speculates:
+            problems.append("num_draft_tokens= needs speculation= or draft_model=")
         outside = [token for token in self.stop_token_ids or () if not 0 <= token < vocab_size]
         if outside:
             problems.append(f"stop_token_ids {outside} lie outside the vocabulary of {vocab_size}")
@@ -149,7 +180,7 @@ class Decoding:
         self._input_ids = input_ids.to(model.device)
         keep = mask.to(model.device).bool()
         self.image_digests: list[bytes] = []
-        embeds = self._embeds(pixel_values, image_sizes)
+        embeds = self._embeds(model, pixel_values, image_sizes)
         image_id = None if self.config.vision is None else self.config.vision.image_token_id
         generators = row_generators(self.options.seed, len(input_ids))
         self.rows = []
@@ -160,7 +191,13 @@ class Decoding:
             seen = {token for token in ids if token >= 0 and token != image_id}
             self.rows.append(Row(index, ids, len(ids), row_embeds, generator, text, seen))
         self._active = list(self.rows)
-        self._steps: PlainSteps | CapturedSteps | None = None
+        self._steps: PlainSteps | CapturedSteps | SpeculativeSteps | None = None
+        draft = self.options.draft_model
+        draft_embeds = None if draft is None else self._embeds(draft, pixel_values, image_sizes)
+        self._draft_embeds = [
+            None if draft_embeds is None else draft_embeds[index][keep[index].to(draft_embeds.device)]
+            for index in range(len(self.rows))
+        ]
 
     @property
     def done(self) -> bool:
@@ -191,51 +228,68 @@ class Decoding:
 
     @torch.no_grad()
     def step(self) -> list[tuple[int, int]]:
-        """Add one token to every unfinished row: (row, token id) pairs."""
+        """Add one token to every unfinished row, or several where tokens were drafted: (row, token id) pairs."""
         training = self.model.training
         if training or self._steps is None:
             # Not at every step: a walk over all modules costs as much as a captured step.
             self.model.eval()
         try:
             if self._steps is None:
-                self._steps = steps_for(self.model, self.options, self._active)
+                self._steps = self._first_steps()
             tokens = self._steps.next()
         finally:
             if training:
                 self.model.train()
-        new = []
-        for row, token_id in zip(self._active, tokens, strict=True):
-            row.ids.append(token_id)
-            row.seen.add(token_id)
-            new.append((row.index, token_id))
-        self._drop_finished()
+        new, staying = list[tuple[int, int]](), list[int]()
+        given = [[found] if isinstance(found, int) else found for found in tokens]
+        for place, (row, found) in enumerate(zip(self._active, given, strict=True)):
+            ended = False
+            for token_id in found:
+                row.ids.append(token_id)
+                row.seen.add(token_id)
+                new.append((row.index, token_id))
+                ended = self._ended(row)
+                if ended:
+                    break  # what was drafted beyond the end is no part of the text
+            del row.logprobs[len(row.ids) - row.prompt_length :]
+            if not ended:
+                staying.append(place)
+        if len(staying) < len(self._active):
+            self._active = [self._active[place] for place in staying]
+            self._steps.keep(staying)
         return new
 
+    @property
+    def speculation(self) -> SpeculationStatistics | None:
+        """How many drafted tokens were taken; None before the first step, and where none are drafted."""
+        return self._steps.statistics if isinstance(self._steps, SpeculativeSteps) else None
+
+    def _first_steps(self) -> "PlainSteps | CapturedSteps | SpeculativeSteps":
+        if self.options.speculates:
+            return SpeculativeSteps(self.model, self.options, self._active, self._draft_embeds)
+        return steps_for(self.model, self.options, self._active)
+
     @torch.no_grad()
-    def _embeds(self, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None) -> torch.Tensor | None:
+    def _embeds(
+        self, model: Any, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """(B, T, D) embeddings with image features, computed once: they serve every chunk and every rerun."""
         if pixel_values is None or len(pixel_values) == 0:
             return None
-        embeds = self.model.model.embed_tokens(self._input_ids.clamp(min=0))
-        training = self.model.training
-        self.model.eval()
+        ids = self._input_ids.to(model.device)
+        embeds = model.model.embed_tokens(ids.clamp(min=0))
+        training = model.training
+        model.eval()
         try:
-            pixels, embedding = pixel_values.to(embeds.device, embeds.dtype), self.model.model.vision_embed_tokens
-            cache = self.model.image_feature_cache
+            pixels, embedding = pixel_values.to(embeds.device, embeds.dtype), model.model.vision_embed_tokens
+            cache = model.image_feature_cache
             if cache is None or training:
-                return embedding(self._input_ids, embeds, pixels, image_sizes)
-            features, self.image_digests = cache.features(embedding, pixels, image_sizes)
-            return embedding(self._input_ids, embeds, image_features=features)
+                return embedding(ids, embeds, pixels, image_sizes)
+            features, digests = cache.features(embedding, pixels, image_sizes)
+            self.image_digests = digests if model is self.model else self.image_digests
+            return embedding(ids, embeds, image_features=features)
         finally:
-            self.model.train(training)
-
-    def _drop_finished(self) -> None:
-        staying = [place for place, row in enumerate(self._active) if not self._ended(row)]
-        if len(staying) == len(self._active):
-            return
-        self._active = [self._active[place] for place in staying]
-        assert self._steps is not None
-        self._steps.keep(staying)
+            model.train(training)
 
     def _ended(self, row: Row) -> bool:
         return finish_reason(row, self.options, self.stop_ids, self.config.max_position_embeddings) is not None
@@ -268,6 +322,8 @@ class Decoding:
             problems.append(f"input_ids hold {int(real.max())}, outside the vocabulary of {self.config.vocab_size}")
         if self.config.vision is None and (pixel_values is not None or (real < 0).any()):
             problems.append("the model reads text only and images were given")
+        if (draft := self.options.draft_model) is not None:
+            problems += draft_problems(self.model, draft, pixel_values is not None)
         if problems:
             raise ValueError("cannot generate: " + "; ".join(problems))
 

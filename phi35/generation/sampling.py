@@ -7,7 +7,7 @@ its seed and its own ids: neither on its neighbours in the batch nor on the devi
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,25 @@ class SamplingOptions:
             warnings.warn(f"{', '.join(idle)} have no effect at temperature 0: give a temperature", stacklevel=4)
 
 
+class Draws:
+    """Uniform numbers of one row by the number of the new token that each chooses, from the row's own generator.
+
+    Args:
+        generator: of the row; numbers are taken from it in order, each once.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._numbers: list[float] = []
+
+    def at(self, index: int) -> float:
+        """The number of new token ``index``, counted from 0."""
+        if len(self._numbers) <= index:
+            count = max(64, index + 1 - len(self._numbers))
+            self._numbers += torch.rand(count, generator=self._generator, dtype=torch.float64).tolist()
+        return self._numbers[index]
+
+
 def next_tokens(
     logits: torch.Tensor,
     options: SamplingOptions,
@@ -66,6 +85,16 @@ def next_tokens(
         seen: ids of each row's prompt and text so far; negative ones (images) are passed over.
         generators: one CPU generator a row; greedy choice draws nothing.
     """
+    if options.temperature == 0:
+        return tokens_at(logits, options, seen, ())
+    draws = [float(torch.rand((), generator=generator, dtype=torch.float64)) for generator in generators]
+    return tokens_at(logits, options, seen, draws)
+
+
+def tokens_at(
+    logits: torch.Tensor, options: SamplingOptions, seen: Iterable[Iterable[int]], draws: Sequence[float]
+) -> list[int]:
+    """One token for each row, as of ``next_tokens``, at given uniform numbers, which greedy choice does not read."""
     scores = logits.float()
     if options.repetition_penalty != 1:
         scores = torch.stack(
@@ -75,8 +104,7 @@ def next_tokens(
         return scores.argmax(dim=-1).tolist()
     # Counted from the best down, no score overflows upwards at a tiny temperature.
     probabilities = filtered(scores - scores.amax(dim=-1, keepdim=True), options).softmax(dim=-1)
-    draws = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
-    return _inverted(probabilities.cpu(), draws).tolist()
+    return _inverted(probabilities.cpu(), torch.tensor(draws, dtype=torch.float64)).tolist()
 
 
 def penalised(scores: torch.Tensor, ids: Iterable[int], penalty: float) -> torch.Tensor:

@@ -12,12 +12,13 @@ from phi35.kernels.operands import StepState
 KEPT_BYTES = 2**30
 """Largest cache that is kept with its step."""
 ATTRIBUTE = "_kept_step"
+FEED_ATTRIBUTE = "_kept_feed"
 
 
 class KeptStep:
-    """Holds a step on its model; copies and pickles of the model hold none."""
+    """Holds a step, or what speculation steps with, on its model; copies and pickles of the model hold none."""
 
-    def __init__(self, step: DecodeStep | None = None) -> None:
+    def __init__(self, step: Any = None) -> None:
         self.step = step
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KeptStep":
@@ -58,5 +59,6 @@ def give(model: Any, step: DecodeStep) -> None:
 
 
 def drop(model: Any) -> None:
-    """Free the kept step."""
-    model.__dict__.pop(ATTRIBUTE, None)
+    """Free the kept steps."""
+    for name in (ATTRIBUTE, FEED_ATTRIBUTE):
+        model.__dict__.pop(name, None)

@@ -1,14 +1,18 @@
 """Captured steps and the batcher on a CUDA device, in float32, against the plain loop."""
 
+import copy
+
 import pytest
 import torch
 from every_other import EveryOther
 
 import phi35
-from phi35.generation import captured_steps, step_pool
+from phi35.generation import captured_feed, captured_steps, step_pool
 from phi35.generation.batcher import Batcher
+from phi35.generation.captured_feed import CapturedFeed
 from phi35.generation.captured_steps import CapturedSteps
 from phi35.generation.decoding import Decoding, generate
+from phi35.generation.speculation import SpeculativeSteps
 from phi35.model import CausalLM
 
 pytestmark = pytest.mark.gpu
@@ -65,6 +69,47 @@ def test_graphs_give_the_plain_loops_text(name: str, rows: int, monkeypatch: pyt
             assert ways[0].new_ids(row) == ways[1].new_ids(row)
             pairs = zip(ways[0].logprobs(row), ways[1].logprobs(row), strict=True)
             assert max(abs(a - b) for a, b in pairs) < 1e-4
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", ["tiny-phi-3.5-mini", "tiny-phi-3-mini-4k"])
+def test_drafts_through_graphs_give_the_plain_loops_text(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crossings, growing pages, a smaller batch, sampling and a penalty; drafts looked up, and of a noisy twin."""
+    monkeypatch.setattr(captured_feed, "FIRST_TOKENS", 4)
+    monkeypatch.setattr(captured_feed, "WORTH_A_CAPTURE", 0)
+    changes = {"initializer_range": 0.06, "vocab_size": 40, "eos_token_id": 39, "pad_token_id": 39}
+    model = phi35.create(
+        name, seed=0, original_max_position_embeddings=64, stop_token_ids=(39,), device="cuda", dtype="fp32", **changes
+    )
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter += torch.randn_like(parameter) * 0.1 * parameter.std()
+    lengths = (20, 50, 61, 70)[-rows:]
+    batch = batch_of(*lengths)
+    batch["input_ids"] %= 36
+    plain = Decoding(model, **batch, max_new_tokens=100, stop_token_ids=(), fast=False)
+    while not plain.done:
+        plain.step()
+    stops = [plain.new_ids(row)[3 + 20 * row] for row in range(rows - 1)]
+    for options in ({}, {"stop_token_ids": stops}, {"temperature": 0.9, "seed": 4}, {"repetition_penalty": 1.3}):
+        options = {"max_new_tokens": 100, "stop_token_ids": (), "return_logprobs": True, **options}
+        expected = Decoding(model, **batch, fast=False, **options)
+        ways = [
+            Decoding(model, **batch, fast=True, **drafts, **options)
+            for drafts in ({"speculation": "prompt_lookup"}, {"draft_model": twin})
+        ]
+        for way in (expected, *ways):
+            while not way.done:
+                way.step()
+        for way in ways:
+            assert isinstance(way._steps, SpeculativeSteps) and isinstance(way._steps.feed, CapturedFeed)
+            for row in range(rows):
+                assert way.new_ids(row) == expected.new_ids(row)
+                pairs = zip(way.logprobs(row), expected.logprobs(row), strict=True)
+                assert max(abs(a - b) for a, b in pairs) < 1e-4
+        assert ways[1].speculation.accepted > 0
+    step_pool.drop(model)
 
 
 def test_a_kept_step_serves_the_next_call() -> None:
