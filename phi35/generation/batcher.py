@@ -98,6 +98,11 @@ class Batcher:
         return self.cache.index.statistics
 
     @property
+    def max_rows(self) -> int:
+        """Most requests that run at a time."""
+        return len(self._slots)
+
+    @property
     def num_waiting(self) -> int:
         """Requests that have not begun."""
         return len(self._waiting)
@@ -223,7 +228,7 @@ class Batcher:
                 self._begin_reading(request)
             part = min(room, len(request.row.ids) - request.num_read)
             # A request whose part is in the chunk already must not be sent back for the sake of another.
-            assert request.slot is not None
+            assert request.slot is not None and not (chunk and request.num_read)
             end = request.num_read + part
             if not (self.cache.reserve(request.slot, end) if chunk else self._make_room(request, end)):
                 break
@@ -360,6 +365,9 @@ class Batcher:
         self._queue.append(Queued(list(zip(requests, marks, places, strict=True)), state, event, tokens, others))
         for request in requests:
             request.pending += 1
+        if tokens is not None:
+            # The next choice counts these tokens in the repetition penalty.
+            self._collect()
 
     def _collect(self) -> None:
         """Wait for the oldest queued step and hand its tokens out."""
@@ -428,7 +436,9 @@ class Batcher:
         self._register(request)
         self.cache.release(request.slot)
         request.running, request.num_read = False, 0
-        self._reading.insert(0, request)
+        # Behind one that has been read in part: a chunk can go on with its first prompt alone.
+        begun = bool(self._reading) and self._reading[0].num_read > 0
+        self._reading.insert(int(begun), request)
 
     def _end(self, request: Request, reason: str) -> None:
         request.finished = reason

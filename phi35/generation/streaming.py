@@ -18,6 +18,10 @@ class TextStream:
         tokenizer: gives each token's bytes.
         stops: stop strings; the text ends before the first.
         skip_special: leave special tokens out.
+
+    Attributes:
+        num_decoded: characters that the tokens so far have made.
+        num_released: characters given out; less where text is held back that may become a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), skip_special: bool = True) -> None:
@@ -26,6 +30,7 @@ class TextStream:
         self._stops = StopStrings(stops)
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._to_strip = tokenizer.num_stripped_spaces
+        self.num_decoded = self.num_released = 0
 
     @property
     def stopped(self) -> bool:
@@ -34,11 +39,17 @@ class TextStream:
 
     def feed(self, token_id: int) -> str:
         """The text that one more token makes certain; often empty."""
-        return self._stops.feed(self._text(self.tokenizer.token_bytes(token_id, self.skip_special), final=False))
+        return self._count(
+            self._stops.feed(self._text(self.tokenizer.token_bytes(token_id, self.skip_special), final=False))
+        )
 
     def finish(self) -> str:
         """The rest of the text: no more tokens will come. An unfinished character becomes U+FFFD."""
-        return self._stops.feed(self._text(b"", final=True)) + self._stops.finish()
+        return self._count(self._stops.feed(self._text(b"", final=True)) + self._stops.finish())
+
+    def _count(self, released: str) -> str:
+        self.num_released += len(released)
+        return released
 
     def _text(self, data: bytes, final: bool) -> str:
         text = self._characters.decode(data, final)
@@ -48,6 +59,7 @@ class TextStream:
             if not text.startswith(" "):
                 self._to_strip = 0
             text = text.removeprefix(" ")
+        self.num_decoded += len(text)
         return text
 
 

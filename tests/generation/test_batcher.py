@@ -86,6 +86,33 @@ def test_requests_that_join_at_any_time_get_their_own_text(name: str) -> None:
     assert not batcher.cache.table.any() and not batcher.cache.step_table.any()
 
 
+def test_the_repetition_penalty_counts_the_last_tokens_too() -> None:
+    """A penalty so strong that a token seen just before decides the next one."""
+    model = tiny()
+    batcher = Batcher(model, max_rows=4, max_tokens=2048)
+    wanted: list[tuple[torch.Tensor, dict[str, object]]] = []
+    for number in range(4):
+        options: dict[str, object] = {"max_new_tokens": 30, "stop_token_ids": (), "repetition_penalty": 4.0}
+        if number % 2:
+            options |= {"temperature": 1.5, "seed": number}
+        wanted.append((prompt(3 + number), options))
+        batcher.submit(prompt(3 + number), **options)
+    assert_alike(model, gather(list(batcher.run())), wanted)
+
+
+def test_a_request_crosses_while_a_long_prompt_has_been_read_in_part() -> None:
+    """The second prompt takes five chunks; the first request passes token 90 after the first of them."""
+    model, batcher = tiny(), Batcher(tiny(), max_rows=2, max_tokens=1024, chunk_size=48)
+    wanted: list[tuple[torch.Tensor, dict[str, object]]] = []
+    emitted: list[Emitted] = []
+    for length in (88, 200):
+        wanted.append((prompt(length), {"max_new_tokens": 8, "stop_token_ids": ()}))
+        batcher.submit(*wanted[-1][:1], **wanted[-1][1])
+        while length == 88 and not batcher._running():
+            emitted += batcher.step()
+    assert_alike(model, gather(emitted + list(batcher.run())), wanted)
+
+
 def test_requests_that_do_not_fit_together_wait_or_begin_again() -> None:
     """Six requests of up to 150 tokens in 5 pages of 64: the youngest lose their pages and get the same text."""
     model = tiny()
