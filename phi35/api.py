@@ -126,7 +126,7 @@ def generate(
     loaded, processor = resolve_model(model, device, dtype)
     texts: str | list[str]
     if messages is not None:
-        texts, images = _chat_text(processor, messages, images, system)
+        texts, images = chat_text(processor, messages, images, system)
     else:
         assert prompt is not None
         texts = prompt_texts(processor, prompt, images, system)
@@ -271,9 +271,14 @@ def _prompt_text(processor: Processor, prompt: str, num_images: int, system: str
     return _rendered(processor, [{"role": "user", "content": prompt}], num_images, system)
 
 
-def _chat_text(
+def chat_text(
     processor: Processor, messages: Sequence[Message], images: Sequence[Any] | None, system: str | None
 ) -> tuple[str, Sequence[Any] | None]:
+    """A chat as the model reads it, and its pictures in order.
+
+    Raises:
+        ValueError: for malformed messages, or pictures both in them and beside them.
+    """
     flat, found = flatten_messages(messages)
     if found and images is not None:
         raise ValueError("the messages carry pictures and images= came too: give them in one place")

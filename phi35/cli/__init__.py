@@ -16,6 +16,7 @@ def main() -> None:
     from phi35.cli.plot import plot
     from phi35.cli.presets import presets
     from phi35.cli.quantize import quantize
+    from phi35.cli.serve import serve
     from phi35.cli.upcycle import upcycle
 
     app = typer.Typer(
@@ -24,7 +25,7 @@ def main() -> None:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (generate, chat, presets, convert, quantize, upcycle, plan, plot, doctor):
+    for command in (generate, chat, serve, presets, convert, quantize, upcycle, plan, plot, doctor):
         app.command()(command)
     app.add_typer(eval_app, name="eval", help="Evaluate a model on data at hand.")
     try:
