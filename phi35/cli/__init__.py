@@ -11,6 +11,7 @@ def main() -> None:
     from phi35.cli.convert import convert
     from phi35.cli.doctor import doctor
     from phi35.cli.eval import app as eval_app
+    from phi35.cli.export_gguf import export_gguf
     from phi35.cli.generate import generate
     from phi35.cli.plan import plan
     from phi35.cli.plot import plot
@@ -25,7 +26,7 @@ def main() -> None:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (generate, chat, serve, presets, convert, quantize, upcycle, plan, plot, doctor):
+    for command in (generate, chat, serve, presets, convert, quantize, export_gguf, upcycle, plan, plot, doctor):
         app.command()(command)
     app.add_typer(eval_app, name="eval", help="Evaluate a model on data at hand.")
     try:

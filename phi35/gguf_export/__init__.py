@@ -1,0 +1,1 @@
+"""Models of the family as GGUF files for llama.cpp: architectures "phi3" and "phimoe"."""
