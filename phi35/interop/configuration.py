@@ -82,6 +82,8 @@ class WrappedConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Contents of ``config.json`` in the published names."""
+        if self.model_config is None:  # what transformers makes of the class, to know its defaults
+            return super().to_dict()
         contents = to_hf_dict(self.current(), self.dtype or torch.float32)
         if "output_router_logits" in contents:
             contents["output_router_logits"] = self.output_router_logits
