@@ -33,6 +33,11 @@ class QuantizedExperts(FewBitModule):
         self.hold("gate_up_proj", one, (num_experts, 2 * intermediate_size, hidden_size), scale_dtype)
         self.hold("down_proj", one, (num_experts, hidden_size, intermediate_size), scale_dtype)
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The codes of ``gate_up_proj``, by the name under which PEFT looks for a quantized layer's device."""
+        return self.held("gate_up_proj").codes
+
     def forward(
         self, hidden_states: torch.Tensor, expert_indices: torch.Tensor, expert_weights: torch.Tensor
     ) -> torch.Tensor:

@@ -7,6 +7,9 @@
                         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight"])
     model = get_peft_model(model, register(config))
 
+Experts can be named as modules too, both their parameters at once: ``target_modules=["qkv_proj", "experts"]``. That is
+how PEFT finds experts in few bits, which hold codes and no parameters.
+
 Names and shapes of the adapter's tensors are those of PEFT's own ``ParamWrapper``, so that PEFT alone reads what is
 saved. PEFT adds B A to the whole stack of experts' weights at every pass; here the low-rank path runs beside the
 products (``moe.low_rank``). Merging, unmerging, switching and disabling are PEFT's own.
@@ -38,11 +41,24 @@ def register(config: LoraConfig) -> LoraConfig:
     Returns:
         The same config.
     """
-    stacked = ("moe.experts:Experts", "moe.router:SparseMixerRouter", "moe.router:TopKSoftmaxRouter")
-    config._register_custom_module(
-        {**{resolve(name): ParamWrapper for name in stacked}, QuantizedLinear: LoraQuantizedLinear}
-    )
+    routers = ("moe.router:SparseMixerRouter", "moe.router:TopKSoftmaxRouter")
+    experts = ("moe.experts:Experts", "moe.quantized_experts:QuantizedExperts")
+    layers: dict[Any, Any] = {resolve(name): ParamWrapper for name in routers}  # PEFT calls what it finds
+    layers |= {resolve(name): _experts_layer for name in experts}
+    config._register_custom_module(layers | {QuantizedLinear: LoraQuantizedLinear})
     return config
+
+
+def _experts_layer(
+    target: nn.Module, adapter_name: str, config: LoraConfig, parameter_name: str | None = None, **options: Any
+) -> "ParamWrapper":
+    """The wrapper of one parameter of experts, or where PEFT names the module, of both."""
+    if parameter_name is not None:
+        return ParamWrapper(target, adapter_name, config=config, parameter_name=parameter_name, **options)
+    inner = ParamWrapper(target, adapter_name, config=config, parameter_name="gate_up_proj", **options)
+    outer = ParamWrapper(inner, adapter_name, config=config, parameter_name="down_proj", **options)
+    outer.leads_inner = True
+    return outer
 
 
 class ParamWrapper(peft_layers.ParamWrapper):
@@ -57,6 +73,9 @@ class ParamWrapper(peft_layers.ParamWrapper):
     there is none.
     """
 
+    leads_inner = False
+    """Whether a further adapter of this parameter is one of the parameter wrapped inside as well."""
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
         config = options.pop("config")
         super().__init__(base_layer, adapter_name, config=_without_dropout(config), **options)
@@ -66,6 +85,9 @@ class ParamWrapper(peft_layers.ParamWrapper):
         """See PEFT."""
         super().update_layer(adapter_name, r, lora_alpha, _without_dropout(config), **options)
         self._drop(adapter_name, config.lora_dropout)
+        if self.leads_inner:
+            inner: Any = self.base_layer
+            inner.update_layer(adapter_name, r, lora_alpha, config, **options)
 
     def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         """The base module's result under the active adapters."""
