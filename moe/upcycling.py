@@ -196,10 +196,10 @@ class _SparseWeights:
         if name.endswith(_ROUTER):
             return self._router(name)
         if _EXPERTS not in name:
-            return placement.view(self._dense_part(name))
+            return placement.take(self._dense_part(name))
         assert placement.index is not None, "every expert has its own tensors on disk"
         expert = self._cached("expert", f"{name} {placement.index}", lambda: self._expert(name, placement.index or 0))
-        return dataclasses.replace(placement, index=None).view(expert)
+        return dataclasses.replace(placement, index=None).take(expert)
 
     def _source_name(self, name: str) -> str:
         """The dense tensor that a sparse model's tensor comes from; a router takes the down projection's dtype."""

@@ -11,6 +11,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from phi35.block_sparse import (
+    PADDED,
+    BlockSparsePlan,
+    PackedPlan,
+    attend_block_sparse,
+    block_pattern,
+    plan_packed,
+    plan_places,
+    plan_sequence,
+)
 from phi35.cache import KVCache
 from phi35.config import ModelConfig
 from phi35.fused import rotate_heads
@@ -35,6 +45,7 @@ class AttentionPlan:
         uniform_length: the same on the host where all rows agree.
         packed: where the samples of packed rows lie; None for one sample a row.
         sequence_parallel: the processes that share the rows; None: this one has them whole.
+        block_sparse: what block-sparse layers see; None where that is what all layers see.
     """
 
     cos_sin: CosSin
@@ -47,6 +58,7 @@ class AttentionPlan:
     uniform_length: int | None = None
     packed: PackedRows | None = None
     sequence_parallel: SequenceParallel | None = None
+    block_sparse: BlockSparsePlan | PackedPlan | None = None
 
 
 class Attention(nn.Module):
@@ -64,6 +76,8 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.attention_head_dim
         self.dropout, self.window = config.attention_dropout, config.sliding_window
+        self.scale = config.attention_scale
+        self.is_block_sparse = config.is_block_sparse_layer(layer)
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
@@ -85,8 +99,10 @@ class Attention(nn.Module):
         if plan.sequence_parallel is not None:
             queries, keys, values = plan.sequence_parallel.to_heads(queries, keys, values)
         dropout = self.dropout if self.training else 0.0
-        if plan.packed is not None:
-            attended = attend_packed(queries, keys, values, plan.packed, self.window, dropout)
+        if self.is_block_sparse and plan.block_sparse is not None:
+            attended = attend_block_sparse(queries, keys, values, plan.block_sparse, self.scale, dropout)
+        elif plan.packed is not None:
+            attended = attend_packed(queries, keys, values, plan.packed, self.window, dropout, self.scale)
         else:
             attended = F.scaled_dot_product_attention(
                 queries,
@@ -95,6 +111,7 @@ class Attention(nn.Module):
                 attn_mask=plan.mask,
                 dropout_p=dropout,
                 is_causal=plan.is_causal,
+                scale=self.scale,
                 enable_gqa=keys.shape[1] != queries.shape[1],
             )
         if plan.sequence_parallel is not None:
@@ -166,7 +183,8 @@ def plan_attention(
     if cache is None:
         shown = None if padding_side == "right" else valid
         mask, is_causal = _chunk_mask(shown, length, config.sliding_window, device)
-        return AttentionPlan(cos_sin=cos_sin, mask=mask, is_causal=is_causal)
+        sparse = _plan_sparse(config, device, 0 if shown is None else running, shown, length, length, own_keys=True)
+        return AttentionPlan(cos_sin=cos_sin, mask=mask, is_causal=is_causal, block_sparse=sparse)
     return _plan_cached(config, cos_sin, cache, valid, slots, lengths, length)
 
 
@@ -184,6 +202,7 @@ def _plan_packed(
     positions, use_long = rows.position_ids(), rope.choose_long(rows.sample_lengths())
     if sequence_parallel is not None:
         positions, use_long = sequence_parallel.local(positions), sequence_parallel.local(use_long)
+    pattern, heads = block_pattern(config), _heads(config, sequence_parallel)
     window = config.sliding_window
     is_plain = rows.is_plain and (window is None or length <= window)
     return AttentionPlan(
@@ -192,7 +211,46 @@ def _plan_packed(
         is_causal=is_plain and length > 1,
         packed=None if is_plain else rows,
         sequence_parallel=sequence_parallel,
+        block_sparse=None if pattern is None or rows.all_offsets.is_meta else plan_packed(pattern, heads, rows),
     )
+
+
+def _heads(config: ModelConfig, sequence_parallel: SequenceParallel | None) -> tuple[int, int]:
+    """Numbers of the first head that this process attends with and of the one after its last."""
+    if sequence_parallel is None:
+        return 0, config.num_attention_heads
+    count = config.num_attention_heads // sequence_parallel.size
+    return sequence_parallel.rank * count, (sequence_parallel.rank + 1) * count
+
+
+def _plan_sparse(
+    config: ModelConfig,
+    device: torch.device,
+    first: torch.Tensor | int,
+    valid: torch.Tensor | None,
+    length: int,
+    num_keys: int,
+    own_keys: bool,
+) -> BlockSparsePlan | None:
+    """What block-sparse layers see in rows of one sequence each; None where they attend densely.
+
+    Args:
+        config: the model's.
+        device: of the pass; on "meta" there is nothing to see.
+        first: place of the first query where rows agree and nothing is padded, else (B, T) places.
+        valid: (B, T) bool, False for padded queries; None for no padding.
+        length: T.
+        num_keys: n.
+        own_keys: the keys are the queries' own, padded as they are; else at places 0 to n - 1.
+    """
+    pattern = block_pattern(config)
+    if pattern is None or num_keys <= pattern.dense_length or device.type == "meta":
+        return None
+    heads = 0, config.num_attention_heads
+    if isinstance(first, int):
+        return plan_sequence(pattern, heads, first, length, num_keys, device)
+    queries = first if valid is None else first.masked_fill(~valid, PADDED)
+    return plan_places(pattern, heads, queries, queries if own_keys else num_keys)
 
 
 def _plan_cached(
@@ -218,7 +276,11 @@ def _plan_cached(
     if valid is not None:
         target = torch.where(valid, slots, cache.capacity)
     mask: torch.Tensor | None
-    if cache.num_slots == 0:
+    alone = cache.num_slots == 0
+    keys_seen = length if alone else num_slots
+    place = first if valid is None and first is not None else slots
+    sparse = _plan_sparse(config, slots.device, place, valid, length, keys_seen, own_keys=alone)
+    if alone:
         mask, is_causal = _chunk_mask(valid, length, window, slots.device)
         read = 0
     else:
@@ -238,6 +300,7 @@ def _plan_cached(
         stored_slots=num_slots,
         lengths=lengths,
         uniform_length=uniform,
+        block_sparse=sparse,
     )
 
 

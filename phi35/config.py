@@ -9,17 +9,18 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from phi35.config_checks import ROUTER_TYPES, inconsistencies
 from phi35.quantization.config import QuantizationConfig
+
+__all__ = ["ROPE_TYPES", "ROUTER_TYPES", "ModelConfig", "RopeScaling", "VisionConfig"]
 
 ROPE_TYPES = ("longrope", "su", "yarn")
 """Spellings of LongRoPE in published configs (``su`` and ``yarn`` are older names of the same computation)."""
 
-ROUTER_TYPES = ("sparsemixer", "sparsemixer-paper", "topk")
-"""SparseMixer-v2 as published, with the paper's gradient of the experts, and softmax top-k (``moe/router.py``)."""
+_ID_LISTS = ("stop_token_ids", "dummy_token_indices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,20 @@ class ModelConfig:
         shared_expert_intermediate_size: width of a dense expert that every token passes in every sparse layer,
             added to the routed ones; 0 for none.
         quantization: which weights are held in few bits; None for none.
+        hidden_act: of the gated feed-forward; "gegelu" is quick_gelu(gate) * (up + 1), both clamped by
+            ``gegelu_limit``: the gate from above, up on both sides.
+        mlp_bias: whether the dense feed-forward's projections have biases.
+        ffn_pdrop: dropout of the feed-forward's output; None takes ``resid_pdrop``, which attention's output has.
+        mup_embedding_multiplier: factor on the token embeddings (muP, arXiv 2203.03466).
+        mup_use_scaling: divide attention scores by head_dim / ``mup_attn_multiplier`` instead of sqrt(head_dim).
+        mup_width_multiplier: divisor of the logits.
+        blocksparse_block_size: tokens of a block of block-sparse attention (``phi35.block_sparse``); 0: all layers
+            attend densely.
+        blocksparse_num_local_blocks: blocks up to a query's own that it sees whole.
+        blocksparse_vert_stride: of the earlier blocks every so many-th is seen, by each head another one.
+        blocksparse_homo_head_pattern: all heads see the same blocks.
+        dense_attention_every_n_layers: layer i (from 0) attends densely where i + 1 is a multiple of it; 0: none does.
+        dummy_token_indices: ids that no text has, whose logits are the least number of their dtype.
 
     Raises:
         ValueError: on any inconsistent field, all of them named at once.
@@ -182,97 +197,31 @@ class ModelConfig:
     experts_backend: str = "auto"
     vision: VisionConfig | None = None
     quantization: QuantizationConfig | None = None
+    mlp_bias: bool = False
+    gegelu_limit: float | None = None
+    ffn_pdrop: float | None = None
+    mup_embedding_multiplier: float = 1.0
+    mup_use_scaling: bool = False
+    mup_attn_multiplier: float = 1.0
+    mup_width_multiplier: float = 1.0
+    blocksparse_block_size: int = 0
+    blocksparse_num_local_blocks: int = 16
+    blocksparse_vert_stride: int = 8
+    blocksparse_homo_head_pattern: bool = False
+    dense_attention_every_n_layers: int = 0
+    dummy_token_indices: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop_token_ids, list):
-            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in _ID_LISTS:
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         problems = list(_mistyped(self))
         if not problems:
             if self.head_dim is None and self.num_attention_heads > 0:
                 object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-            problems = list(self._problems())
+            problems = list(inconsistencies(self))
         if problems:
             raise ValueError("invalid model config: " + "; ".join(problems))
-
-    def _problems(self) -> Any:
-        counts = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "max_position_embeddings original_max_position_embeddings"
-        )
-        for name in counts.split():
-            if getattr(self, name) <= 0:
-                yield f"{name} must be positive, got {getattr(self, name)}"
-        if self.num_attention_heads <= 0 or self.num_key_value_heads <= 0:
-            return
-        if self.num_attention_heads % self.num_key_value_heads:
-            yield (
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})"
-            )
-        if self.attention_head_dim % 2:
-            yield f"head_dim must be even for rotary embeddings, got {self.head_dim}"
-        if self.norm_type not in ("rmsnorm", "layernorm"):
-            yield f"norm_type must be 'rmsnorm' or 'layernorm', got {self.norm_type!r}"
-        if self.hidden_act not in ("silu", "gelu"):
-            yield f"hidden_act must be 'silu' or 'gelu', got {self.hidden_act!r}"
-        if self.sliding_window is not None and self.sliding_window <= 0:
-            yield f"sliding_window must be positive or None, got {self.sliding_window}"
-        if self.rope_scaling is not None:
-            for name in ("short_factor", "long_factor"):
-                length = len(getattr(self.rope_scaling, name))
-                if length != self.attention_head_dim // 2:
-                    yield (
-                        f"rope_scaling.{name} must hold head_dim / 2 = {self.attention_head_dim // 2} numbers, "
-                        f"got {length}"
-                    )
-        elif self.max_position_embeddings > self.original_max_position_embeddings:
-            yield (
-                f"max_position_embeddings ({self.max_position_embeddings}) exceeds original_max_position_embeddings "
-                f"({self.original_max_position_embeddings}) without rope_scaling: give the LongRoPE factors or set "
-                "both lengths equal"
-            )
-        for name in ("attention_dropout", "embd_pdrop", "resid_pdrop"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name} must be in [0, 1), got {getattr(self, name)}"
-        if self.num_local_experts < 0:
-            yield f"num_local_experts must be 0 (dense) or positive, got {self.num_local_experts}"
-        if self.num_local_experts:
-            if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
-                yield (
-                    f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_local_experts "
-                    f"({self.num_local_experts})"
-                )
-            if self.router_type not in ROUTER_TYPES:
-                yield f"router_type must be one of {ROUTER_TYPES}, got {self.router_type!r}"
-            if self.router_type.startswith("sparsemixer") and self.num_experts_per_tok != 2:
-                yield f"SparseMixer routes to exactly 2 experts, got num_experts_per_tok={self.num_experts_per_tok}"
-            if self.router_type != "topk" and not self.norm_topk_prob:
-                yield "norm_topk_prob=False is for router_type 'topk'; SparseMixer's weights are never normalised"
-        yield from self._mixed_layer_problems()
-
-    def _mixed_layer_problems(self) -> Iterator[str]:
-        if not self.is_sparse:
-            for name, default in (("decoder_sparse_step", 1), ("shared_expert_intermediate_size", 0)):
-                if getattr(self, name) != default:
-                    yield f"{name}={getattr(self, name)} needs num_local_experts > 0; this model is dense"
-        elif not 1 <= self.decoder_sparse_step <= self.num_hidden_layers:
-            yield (
-                f"decoder_sparse_step must lie between 1 and num_hidden_layers ({self.num_hidden_layers}), so that at "
-                f"least one layer is sparse, got {self.decoder_sparse_step}"
-            )
-        if self.shared_expert_intermediate_size < 0:
-            yield (
-                "shared_expert_intermediate_size must be 0 (none) or positive, got "
-                f"{self.shared_expert_intermediate_size}"
-            )
-        if self.dense_intermediate_size is not None:
-            if self.dense_intermediate_size <= 0:
-                yield f"dense_intermediate_size must be positive or None, got {self.dense_intermediate_size}"
-            if not self.is_sparse or self.decoder_sparse_step == 1:
-                yield (
-                    "dense_intermediate_size is the width of dense layers between sparse ones: it needs "
-                    "num_local_experts > 0 and decoder_sparse_step > 1"
-                )
 
     @property
     def attention_head_dim(self) -> int:
@@ -292,6 +241,16 @@ class ModelConfig:
     def is_sparse_layer(self, layer: int) -> bool:
         """Whether layer ``layer`` (from 0) routes its tokens to experts."""
         return self.is_sparse and (layer + 1) % self.decoder_sparse_step == 0
+
+    def is_block_sparse_layer(self, layer: int) -> bool:
+        """Whether layer ``layer`` (from 0) attends to some blocks of the keys alone."""
+        every = self.dense_attention_every_n_layers
+        return self.blocksparse_block_size > 0 and not (every and (layer + 1) % every == 0)
+
+    @property
+    def attention_scale(self) -> float | None:
+        """Factor on the products of queries and keys; None for 1 / sqrt(head_dim)."""
+        return self.mup_attn_multiplier / self.attention_head_dim if self.mup_use_scaling else None
 
     @property
     def rope_attention_scaling(self) -> tuple[float, float]:
@@ -341,7 +300,7 @@ def _mistyped(config: Any) -> typing.Iterator[str]:
         declared = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
         kinds = tuple(typing.get_origin(kind) or kind for kind in declared)
         fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
-        whole = field.name != "stop_token_ids" or fits and all(type(token) is int for token in value)
+        whole = field.name not in _ID_LISTS or fits and all(type(token) is int for token in value)
         if not fits or not whole or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
             yield f"{field.name} must be {names}{' of ids' if not whole else ''}, got {value!r}"

@@ -1,8 +1,8 @@
 """Between the published ``config.json`` files and ``ModelConfig``.
 
-Three ``model_type`` values stand for the family: ``phi3`` (dense), ``phimoe`` (sparse, LayerNorm) and ``phi3_v``
-(with the image path). Both spellings of the rotary fields are read: ``rope_scaling`` with ``rope_theta``, and the
-``rope_parameters`` of transformers 5. Both are written, and the published class names, so that transformers 4
+Four ``model_type`` values stand for the family: ``phi3`` (dense), ``phi3small``, ``phimoe`` (sparse, LayerNorm) and
+``phi3_v`` (with the image path). Both spellings of the rotary fields are read: ``rope_scaling`` with ``rope_theta``,
+and the ``rope_parameters`` of transformers 5. Both are written, and the published class names, so that transformers 4
 and 5, vLLM and llama.cpp read an export. What a published type cannot say (another norm, top-k routing, a small
 tower) is written under extra keys, which other programs ignore, and read back.
 """
@@ -17,7 +17,12 @@ import torch
 from phi35.config import ROPE_TYPES, ModelConfig, RopeScaling, VisionConfig
 from phi35.quantization import config as quantization
 
-ARCHITECTURES = {"phi3": "Phi3ForCausalLM", "phimoe": "PhiMoEForCausalLM", "phi3_v": "Phi3VForCausalLM"}
+ARCHITECTURES = {
+    "phi3": "Phi3ForCausalLM",
+    "phi3small": "Phi3SmallForCausalLM",
+    "phimoe": "PhiMoEForCausalLM",
+    "phi3_v": "Phi3VForCausalLM",
+}
 """Class names as the published checkpoints spell them."""
 
 OTHER_SPELLINGS = {"PhimoeForCausalLM": "phimoe"}
@@ -25,6 +30,13 @@ OTHER_SPELLINGS = {"PhimoeForCausalLM": "phimoe"}
 
 FAMILY_STOP_IDS = (32007, 32001, 32000)
 """``<|end|>``, ``<|assistant|>``, ``<|endoftext|>``: the list of phi-3.5-mini's own generation_config.json."""
+
+SMALL_STOP_IDS = (100266, 100263, 100257)
+"""The same of phi-3-small's own vocabulary."""
+
+SMALL_VOCAB_SIZE = 100352
+SMALL_DUMMY_IDS = (100256, *range(100258, 100261), 100264, 100265, *range(100267, SMALL_VOCAB_SIZE))
+"""Ids that phi-3-small never writes: fillers, and special tokens of cl100k_base that it has no use for."""
 
 UNUSED_EOS = 2
 """``</s>``, which the vision config names as its end although no model of the family ever writes it."""
@@ -42,7 +54,40 @@ _SPARSE_DEFAULTS: dict[str, Any] = {
     "router_aux_loss_coef": 0.001,
     "eos_token_id": 2,
 }
-_DEFAULTS = {"phi3": _DENSE_DEFAULTS, "phimoe": _SPARSE_DEFAULTS, "phi3_v": _DENSE_DEFAULTS}
+_SMALL_DEFAULTS: dict[str, Any] = {
+    "norm_type": "layernorm",
+    "vocab_size": SMALL_VOCAB_SIZE,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "hidden_act": "gegelu",
+    "gegelu_limit": 20.0,
+    # The published file says attention_bias false, and the published classes build every projection with one.
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": True,
+    "embd_pdrop": 0.1,
+    "ffn_pdrop": 0.1,
+    "max_position_embeddings": 8192,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 1e6,
+    "mup_use_scaling": True,
+    "mup_embedding_multiplier": 10.0,
+    "mup_width_multiplier": 8.0,
+    "blocksparse_block_size": 64,
+    "dense_attention_every_n_layers": 2,
+    "dummy_token_indices": SMALL_DUMMY_IDS,
+    "bos_token_id": 100257,
+    "eos_token_id": 100257,
+    "pad_token_id": 100257,
+    "stop_token_ids": SMALL_STOP_IDS,
+}
+_DEFAULTS = {
+    "phi3": _DENSE_DEFAULTS,
+    "phi3small": _SMALL_DEFAULTS,
+    "phimoe": _SPARSE_DEFAULTS,
+    "phi3_v": _DENSE_DEFAULTS,
+}
 
 _COMMON_KEYS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
@@ -55,10 +100,43 @@ _KEYS = {
     "phimoe": [
         *_COMMON_KEYS,
         *"attention_bias lm_head_bias num_local_experts num_experts_per_tok router_jitter_noise".split(),
-        *"input_jitter_noise router_aux_loss_coef".split(),
+        *"input_jitter_noise router_aux_loss_coef resid_pdrop".split(),
     ],
+    "phi3small": (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+        "gegelu_limit rms_norm_eps attention_dropout embd_pdrop ffn_pdrop initializer_range max_position_embeddings "
+        "rope_theta tie_word_embeddings mup_use_scaling mup_attn_multiplier mup_embedding_multiplier "
+        "mup_width_multiplier blocksparse_block_size blocksparse_num_local_blocks blocksparse_vert_stride "
+        "blocksparse_homo_head_pattern dense_attention_every_n_layers bos_token_id eos_token_id pad_token_id"
+    ).split(),
 }
-_RENAMED = {"phimoe": {"resid_pdrop": "hidden_dropout"}}
+_RENAMED = {
+    "phimoe": {"resid_pdrop": "hidden_dropout"},
+    "phi3small": {
+        "intermediate_size": "ff_intermediate_size",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "attention_dropout": "attention_dropout_prob",
+        "embd_pdrop": "embedding_dropout_prob",
+        "ffn_pdrop": "ffn_dropout_prob",
+        "rope_theta": "rope_embedding_base",
+        "attention_bias": "query_key_value_bias",
+    },
+}
+_CONSTANTS: dict[str, dict[str, Any]] = {
+    "phimoe": {"output_router_logits": False},
+    "phi3small": {
+        "attention_bias": False,
+        "ff_dim_multiplier": None,
+        "gegelu_pad_to_256": True,
+        "pad_sequence_to_multiple_of_64": True,
+        "reorder_and_upcast_attn": False,
+        "rope_position_scale": 1.0,
+    },
+}
+_OF_SMALL = (
+    "mlp_bias gegelu_limit mup_embedding_multiplier mup_use_scaling mup_width_multiplier blocksparse_block_size"
+).split()
+"""Fields that no other published dense model has."""
 _NOT_STORED = {"model_type", "rope_scaling", "vision", "experts_backend", "head_dim", "quantization"}
 _EMBEDDING_LAYER = {
     "embedding_cls": "image",
@@ -97,12 +175,15 @@ def from_hf_dict(
             values[field.name] = data[key]
     for name in ("sliding_window", "head_dim"):
         values[name] = data.get(name)
+    if model_type == "phi3small":
+        _read_small(data, values)
     if data.get("num_key_value_heads", 0) is None:
         values["num_key_value_heads"] = values.get("num_attention_heads", 32)
     values |= _rope_fields(data, model_type, values)
     ends = values.get("eos_token_id")
     ends = list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
-    values["stop_token_ids"] = _stop_ids(data, generation, ends, values.get("vocab_size", 32064))
+    usual = SMALL_STOP_IDS if model_type == "phi3small" else FAMILY_STOP_IDS
+    values["stop_token_ids"] = _stop_ids(data, generation, ends, values.get("vocab_size", 32064), usual)
     if ends:
         values["eos_token_id"] = values["stop_token_ids"][-1] if ends[0] == UNUSED_EOS else ends[0]
     if model_type == "phi3_v":
@@ -120,20 +201,21 @@ def to_hf_dict(config: ModelConfig, dtype: torch.dtype | str = torch.bfloat16) -
     model_type = published_model_type(config)
     renamed = _RENAMED.get(model_type, {})
     result: dict[str, Any] = {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type}
-    implied = ModelConfig(**(_DEFAULTS[model_type] | {"original_max_position_embeddings": 131072}))
+    implied = ModelConfig(**({"original_max_position_embeddings": 131072} | _DEFAULTS[model_type]))
     for field in dataclasses.fields(ModelConfig):
         value = getattr(config, field.name)
         if field.name in _NOT_STORED:
             continue
-        if field.name in _KEYS[model_type] or field.name in renamed or value != getattr(implied, field.name):
+        if field.name in _KEYS[model_type] or value != getattr(implied, field.name):
             result[renamed.get(field.name, field.name)] = list(value) if isinstance(value, tuple) else value
     if config.head_dim != config.hidden_size // config.num_attention_heads:
         result["head_dim"] = config.head_dim
     result["rope_scaling"], result["rope_parameters"] = _write_rope(config, model_type)
     if config.vision is not None:
         result |= _write_vision(config.vision)
-    if model_type == "phimoe":
-        result["output_router_logits"] = False
+    result |= _CONSTANTS.get(model_type, {})
+    if model_type == "phi3small":
+        result["blocksparse_triton_kernel_block_size"] = config.blocksparse_block_size
     result["torch_dtype"] = str(dtype).removeprefix("torch.")
     result["use_cache"] = True
     if config.quantization is not None:
@@ -154,7 +236,10 @@ def published_model_type(config: ModelConfig) -> str:
     """The published ``model_type`` that comes nearest to a model; one with image path and experts is ``phi3_v``."""
     if config.vision is not None:
         return "phi3_v"
-    return "phimoe" if config.is_sparse else "phi3"
+    if config.is_sparse:
+        return "phimoe"
+    plain = ModelConfig()
+    return "phi3small" if any(getattr(config, name) != getattr(plain, name) for name in _OF_SMALL) else "phi3"
 
 
 def _model_type(data: Mapping[str, Any]) -> str:
@@ -162,8 +247,6 @@ def _model_type(data: Mapping[str, Any]) -> str:
     model_type = data.get("model_type") or next(
         (classes[name] for name in data.get("architectures") or () if name in classes), None
     )
-    if model_type == "phi3small":
-        raise ValueError("model_type 'phi3small' (phi-3-small) is not supported by this version")
     if model_type not in ARCHITECTURES:
         raise ValueError(
             f"config.json has model_type {data.get('model_type')!r} and architectures {data.get('architectures')!r}: "
@@ -172,12 +255,22 @@ def _model_type(data: Mapping[str, Any]) -> str:
     return model_type
 
 
+def _read_small(data: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """What only ``phi3small`` files say, and what they leave to the published tokenizer."""
+    if data.get("ff_dim_multiplier") is not None:
+        raise ValueError(f"ff_dim_multiplier is {data['ff_dim_multiplier']}: give ff_intermediate_size instead")
+    if data.get("rope_position_scale", 1.0) != 1.0:
+        raise ValueError(f"rope_position_scale is {data['rope_position_scale']}: only 1.0 is supported")
+    if "dummy_token_indices" not in data and values["vocab_size"] != SMALL_VOCAB_SIZE:
+        values["dummy_token_indices"] = ()
+
+
 def _rope_fields(data: Mapping[str, Any], model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """rope_theta, rope_scaling and original_max_position_embeddings from either spelling."""
     old = _read_rope(data.get("rope_scaling"), "rope_scaling")
     new = _read_rope(data.get("rope_parameters"), "rope_parameters")
     top = {
-        "rope_theta": data.get("rope_theta"),
+        "rope_theta": data.get(_RENAMED.get(model_type, {}).get("rope_theta", "rope_theta")),
         "original": data.get("original_max_position_embeddings"),
         "partial_rotary_factor": data.get("partial_rotary_factor"),
     }
@@ -203,8 +296,11 @@ def _rope_fields(data: Mapping[str, Any], model_type: str, values: Mapping[str, 
     longest = values.get("max_position_embeddings", 4096)
     if merged.get("kind", "default") == "default":
         return fields | {"original_max_position_embeddings": merged.get("original", longest)}
-    if "original" not in merged and model_type == "phimoe":
-        raise ValueError("config.json has LongRoPE factors but no original_max_position_embeddings (4096 published)")
+    if "original" not in merged and model_type in ("phimoe", "phi3small"):
+        published = 4096 if model_type == "phimoe" else 8192
+        raise ValueError(
+            f"config.json has LongRoPE factors but no original_max_position_embeddings ({published} published)"
+        )
     original = merged.get("original", 4096)
     missing = [name for name in ("short_factor", "long_factor") if name not in merged]
     if missing:
@@ -257,8 +353,8 @@ def _write_rope(config: ModelConfig, model_type: str) -> tuple[dict[str, Any] | 
         # transformers 5 reads "su" and then misses a field that older versions refuse to see in a dense config.
         "type": "longrope" if model_type == "phi3" else scaling.type,
     }
-    if model_type == "phimoe":
-        # The phimoe classes ask for these three by name; the formula's value stands where the config has none.
+    if model_type in ("phimoe", "phi3small"):
+        # These classes ask for these three by name; the formula's value stands where the config has none.
         old["short_mscale"], old["long_mscale"] = config.rope_attention_scaling
         old["original_max_position_embeddings"] = config.original_max_position_embeddings
     else:
@@ -277,7 +373,11 @@ def _write_rope(config: ModelConfig, model_type: str) -> tuple[dict[str, Any] | 
 
 
 def _stop_ids(
-    data: Mapping[str, Any], generation: Mapping[str, Any] | None, ends: list[int], vocab_size: int
+    data: Mapping[str, Any],
+    generation: Mapping[str, Any] | None,
+    ends: list[int],
+    vocab_size: int,
+    usual: tuple[int, ...],
 ) -> tuple[int, ...]:
     """Ids that stop generation: the folder's own list where it says more than the config's single end."""
     listed = (generation or {}).get("eos_token_id")
@@ -285,8 +385,8 @@ def _stop_ids(
     for candidate in (listed, data.get("stop_token_ids") or [], ends):
         if set(candidate) - {UNUSED_EOS, *ends[:1]}:
             return tuple(candidate)
-    if vocab_size > max(FAMILY_STOP_IDS):
-        return FAMILY_STOP_IDS
+    if vocab_size > max(usual):
+        return usual
     return tuple(listed or ends)
 
 

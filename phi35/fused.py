@@ -33,9 +33,15 @@ def add_norm(
     return _AddNorm.apply(hidden_states, residual, weight, bias, eps, subtract_mean)
 
 
-def gated_activation(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    """act(gate) * up of (..., 2F), gate first; keeps ``gate_up`` alone. ``activation`` is "silu" or "gelu"."""
-    return _GatedActivation.apply(gate_up, activation)
+def gated_activation(gate_up: torch.Tensor, activation: str, limit: float | None = None) -> torch.Tensor:
+    """act(gate) * up of (..., 2F), gate first; keeps ``gate_up`` alone.
+
+    Args:
+        gate_up: (..., 2F).
+        activation: "silu", "gelu" or "gegelu", which is ``gegelu`` of ``phi35.feed_forward``.
+        limit: the clamp of "gegelu".
+    """
+    return _GatedActivation.apply(gate_up, activation, limit)
 
 
 def activate(values: torch.Tensor, activation: str) -> torch.Tensor:
@@ -106,26 +112,32 @@ class _AddNorm(torch.autograd.Function):
 
 class _GatedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    def forward(ctx: Any, gate_up: torch.Tensor, activation: str, limit: float | None) -> torch.Tensor:
         gate_up = gate_up.contiguous()
         ctx.save_for_backward(gate_up)
-        ctx.activation = activation
+        ctx.activation, ctx.limit = activation, limit
         if uses_kernels(gate_up):
-            return resolve("phi35.kernels.gated:gate")(gate_up, activation)
-        gate, up = _wide(gate_up).chunk(2, dim=-1)
+            return resolve("phi35.kernels.gated:gate")(gate_up, activation, limit)
+        gate, up = _clamped(_wide(gate_up), limit)
         return (_ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gate_up,) = ctx.saved_tensors
+        activation, limit = ctx.activation, ctx.limit
         if uses_kernels(gate_up):
-            return resolve("phi35.kernels.gated:gate_backward")(grad.contiguous(), gate_up, ctx.activation), None
-        gate, up = _wide(gate_up).chunk(2, dim=-1)
+            back = resolve("phi35.kernels.gated:gate_backward")
+            return back(grad.contiguous(), gate_up, activation, limit), None, None
+        gate, up = _clamped(_wide(gate_up), limit)
         upstream = _wide(grad)
-        grad_gate = upstream * up * _derivative(gate, ctx.activation)
-        grad_up = upstream * _ACTIVATIONS[ctx.activation](gate)
-        return torch.cat((grad_gate, grad_up), dim=-1).to(gate_up.dtype), None
+        grad_gate = upstream * up * _derivative(gate, activation)
+        grad_up = upstream * _ACTIVATIONS[activation](gate)
+        if limit is not None:
+            raw_gate, raw_up = gate_up.chunk(2, dim=-1)
+            grad_gate = grad_gate.masked_fill(raw_gate > limit, 0.0)
+            grad_up = grad_up.masked_fill(raw_up.abs() > limit, 0.0)
+        return torch.cat((grad_gate, grad_up), dim=-1).to(gate_up.dtype), None, None
 
 
 class _Activation(torch.autograd.Function):
@@ -238,6 +250,14 @@ def _norm_backward_with_torch(
     return grad.to(total.dtype), (upstream * value).sum(dim=rows), upstream.sum(dim=rows) if has_bias else None
 
 
+def _clamped(gate_up: torch.Tensor, limit: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gate and what it multiplies; with a limit as "gegelu" has them."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if limit is None:
+        return gate, up
+    return gate.clamp(max=limit), up.clamp(-limit, limit) + 1.0
+
+
 def _quick_gelu(values: torch.Tensor) -> torch.Tensor:
     return values * torch.sigmoid(1.702 * values)
 
@@ -246,6 +266,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "quick_gelu": _quick_gelu,
+    "gegelu": _quick_gelu,
 }
 
 
@@ -253,7 +274,7 @@ def _derivative(values: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "gelu":
         density = torch.exp(-0.5 * values.square()) * 0.3989422804014327
         return 0.5 * (1.0 + torch.erf(values * 0.7071067811865476)) + values * density
-    slope = 1.702 if activation == "quick_gelu" else 1.0
+    slope = 1.0 if activation == "silu" else 1.702
     chance = torch.sigmoid(slope * values)
     return chance * (1.0 + slope * values * (1.0 - chance))
 

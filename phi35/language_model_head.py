@@ -4,6 +4,7 @@ The loss walks over the tokens in chunks. Each chunk's logits, their softmax and
 while that chunk is worked on: with V = 32,064 and 131,072 tokens the full float32 logits would take 16.8 GB.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from phi35.config import ModelConfig
 from phi35.fused_head import head_loss
 
 LOGITS_PER_CHUNK = 2**26
@@ -22,11 +24,30 @@ IGNORED_LABEL = -100
 class LanguageModelHead(nn.Linear):
     """Linear map to the vocabulary that can return the mean cross-entropy in place of logits.
 
+    Args:
+        hidden_size: D.
+        vocab_size: V.
+        bias: whether it has one.
+        divisor: of the logits (muP).
+        masked_ids: ids whose logits are the least number of their dtype, so that they are never chosen.
+
     Attributes:
         fused: take the loss by ``phi35.fused_head``.
     """
 
     fused = False
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        bias: bool = False,
+        divisor: float = 1.0,
+        masked_ids: Sequence[int] = (),
+    ) -> None:
+        super().__init__(hidden_size, vocab_size, bias=bias)
+        self.divisor, self.masked_ids = divisor, tuple(masked_ids)
+        self._masks: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
     def forward(self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Logits, or the loss.
@@ -38,12 +59,43 @@ class LanguageModelHead(nn.Linear):
         Returns:
             (..., V) logits in the head's dtype, or with ``labels`` a float32 scalar; with no label that counts it is 0.
         """
+        bias: torch.Tensor | None = self.bias
+        if self.divisor != 1:
+            # Divided before the product, so that the chunked losses below need not know of it.
+            hidden_states, bias = hidden_states / self.divisor, None if bias is None else bias / self.divisor
+        if self.masked_ids:
+            mask = self._mask()
+            bias = mask if bias is None else bias + mask
         if labels is None:
-            return super().forward(hidden_states)
+            return F.linear(hidden_states, self.weight, bias)
         flat_states, flat_labels = hidden_states.reshape(-1, self.in_features), labels.reshape(-1)
         if self.fused:
-            return head_loss(flat_states, self.weight, self.bias, flat_labels)
-        return _HeadLoss.apply(flat_states, self.weight, self.bias, flat_labels)
+            return head_loss(flat_states, self.weight, bias, flat_labels)
+        return _HeadLoss.apply(flat_states, self.weight, bias, flat_labels)
+
+    def _mask(self) -> torch.Tensor:
+        """(V,) zeros, and the least number for the masked ids: a bias that every form of the loss can take.
+
+        Not a buffer: it follows from the ids alone, so that no checkpoint, cast or meta device can touch it.
+        """
+        key = self.weight.device, self.weight.dtype
+        if key not in self._masks:
+            with torch.inference_mode(False):  # a later training pass may use it too
+                mask = torch.zeros(self.out_features, device=key[0], dtype=key[1])
+                mask[list(self.masked_ids)] = torch.finfo(key[1]).min
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+def build_head(config: ModelConfig) -> LanguageModelHead:
+    """The head that a config asks for."""
+    return LanguageModelHead(
+        config.hidden_size,
+        config.vocab_size,
+        bias=config.lm_head_bias,
+        divisor=config.mup_width_multiplier,
+        masked_ids=config.dummy_token_indices,
+    )
 
 
 def loss_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,8 @@ HUB_FILES = (
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer.model",
+    "*.tiktoken",
+    "tokenizer_module.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -144,11 +146,13 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_processor(folder: Path, config: ModelConfig) -> "Processor | None":
-    """The processor of a checkpoint folder; None, with a warning, where it has no ``tokenizer.json``."""
+    """The processor of a checkpoint folder; None, with a warning, where it has no tokenizer."""
     from phi35.processor import Processor
 
-    if not (folder / "tokenizer.json").exists():
-        warnings.warn(f"{folder} has no tokenizer.json: the model comes without a processor", stacklevel=3)
+    if not (folder / "tokenizer.json").exists() and not any(folder.glob("*.tiktoken")):
+        warnings.warn(
+            f"{folder} has no tokenizer.json (nor *.tiktoken): the model comes without a processor", stacklevel=3
+        )
         return None
     return Processor.from_folder(folder, config)
 

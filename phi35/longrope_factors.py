@@ -3,7 +3,7 @@
 Each table holds head_dim / 2 divisors of the rotary frequencies, in order of falling frequency, with all the
 digits of the published file. Where a checkpoint's own file is loaded, that file's factors are used, not these.
 ``PHI_3_MINI_128K`` are the factors of the revision of July 2024; the first revision had others and its weights
-want those.
+want those. ``PHI_3_SMALL_128K`` alone are not published values (see there).
 """
 
 
@@ -53,6 +53,13 @@ PHI_3_MEDIUM_128K_SHORT = _table("""
     16.11999999999972 16.11999999999972 16.18999999999973 16.31999999999975 16.539999999999786
     16.799999999999827
 """)
+
+PHI_3_SMALL_128K_SHORT = (1.0,) * 64
+"""A stand-in: the published file was not at hand. Trained weights need their own folder's factors, which loading takes;
+these are plain rotary frequencies up to the original length, and all of them stretched beyond (arXiv 2306.15595)."""
+PHI_3_SMALL_128K_LONG = (131072 / 8192,) * 64
+PHI_3_SMALL_128K_MSCALE = 1.1435437497937313
+"""sqrt(1 + ln(131072 / 8192) / ln(8192))."""
 
 PHI_3_5_MINI_LONG = _table("""
     1.0800000429153442 1.1100000143051147 1.1399999856948853 1.340000033378601 1.5899999141693115

@@ -16,7 +16,7 @@ from phi35.activation_checkpointing import checkpoint_layer
 from phi35.attention import Attention, AttentionPlan, plan_attention
 from phi35.cache import KVCache
 from phi35.config import ModelConfig
-from phi35.language_model_head import LanguageModelHead, loss_from_logits, shift_labels
+from phi35.language_model_head import build_head, loss_from_logits, shift_labels
 from phi35.norm import RMSNorm, build_norm
 from phi35.outputs import CausalLMOutput, RouterOutput
 from phi35.packed_attention import ignore_first_tokens
@@ -24,6 +24,7 @@ from phi35.recompute import given_again
 from phi35.registry import resolve
 from phi35.rope import RotaryEmbedding
 from phi35.sequence_parallel import SequenceParallel
+from phi35.token_embedding import build_token_embedding
 
 
 class CausalLM(nn.Module):
@@ -49,7 +50,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = build_head(config)
         self.tie_weights()
         if config.quantization is not None:
             resolve("phi35.quantization.modules:quantize_structure")(self, config)
@@ -303,7 +304,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = build_token_embedding(config)
         self.vision_embed_tokens = None if config.vision is None else resolve("embedding.vision")(config)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = build_norm(config)
@@ -395,6 +396,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = build_norm(config)
         self.post_attention_layernorm = build_norm(config)
         self.dropout = config.resid_pdrop
+        self.fed_dropout = config.resid_pdrop if config.ffn_pdrop is None else config.ffn_pdrop
 
     def forward(
         self, hidden_states: torch.Tensor, plan: AttentionPlan, cache: KVCache | None
@@ -406,7 +408,7 @@ class DecoderLayer(nn.Module):
         stream, normed = self.post_attention_layernorm(attended, stream, keep=True)
         with self._given_again(normed, self.post_attention_layernorm, stream):
             fed, routing = self.mlp(normed)
-        return stream + F.dropout(fed, self.dropout, self.training), routing
+        return stream + F.dropout(fed, self.fed_dropout, self.training), routing
 
     def _given_again(self, normed: torch.Tensor, norm: nn.Module, stream: torch.Tensor) -> AbstractContextManager[Any]:
         source = stream.detach()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 IGNORED_LABEL = -100
 
-Kernel = Callable[[tuple[torch.Tensor, ...], torch.Tensor, int, int | None], torch.Tensor]
+Kernel = Callable[[tuple[torch.Tensor, ...], torch.Tensor, int, int | None, float | None], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,7 @@ def attend_packed(
     rows: PackedRows,
     window: int | None = None,
     dropout: float = 0.0,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Causal attention within each sample.
 
@@ -130,6 +131,7 @@ def attend_packed(
         rows: where the samples lie.
         window: keys that a query sees, itself among them; None for all.
         dropout: of the attention weights.
+        scale: factor on the products of queries and keys; None takes 1 / sqrt(d).
 
     Returns:
         (B, H, T, d).
@@ -144,11 +146,11 @@ def attend_packed(
                 "or data_options.mask_documents=false"
             )
         # A bound that no batch changes, and one of few numbers of segments: else every batch would compile anew.
-        attended = kernel(flat, rows.all_offsets, rows.length, window)
+        attended = kernel(flat, rows.all_offsets, rows.length, window, scale)
     elif kernel is not None:
-        attended = kernel(flat, rows.offsets, rows.longest, window)
+        attended = kernel(flat, rows.offsets, rows.longest, window, scale)
     else:
-        attended = _one_by_one(flat, rows.segments, window, dropout)
+        attended = _one_by_one(flat, rows.segments, window, dropout, scale)
     return attended.unflatten(0, (batch, rows.length)).transpose(1, 2)
 
 
@@ -169,15 +171,21 @@ def ignore_first_tokens(labels: torch.Tensor, sequence_lengths: torch.Tensor) ->
 
 @functools.cache
 def _one_kernel() -> Kernel:
-    """Flash attention of all samples; takes (queries, keys, values) (B T, heads, d), offsets, longest and window."""
+    """Flash attention of all samples; takes tensors (B T, heads, d), offsets, longest, window and scale."""
     from torch.nn.attention import varlen
 
     varlen_attn: Any = varlen.varlen_attn  # its arguments differ between releases
-    has_flag = "enable_gqa" in inspect.signature(varlen_attn).parameters  # else fewer keys are taken as they come
+    known = inspect.signature(varlen_attn).parameters  # without "enable_gqa" fewer keys are taken as they come
 
-    def attend(flat: tuple[torch.Tensor, ...], offsets: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:
+    def attend(
+        flat: tuple[torch.Tensor, ...], offsets: torch.Tensor, longest: int, window: int | None, scale: float | None
+    ) -> torch.Tensor:
         queries, keys, values = flat
-        extra: dict[str, Any] = {"enable_gqa": queries.shape[1] != keys.shape[1]} if has_flag else {}
+        extra: dict[str, Any] = {"enable_gqa": queries.shape[1] != keys.shape[1]} if "enable_gqa" in known else {}
+        if scale is not None and "scale" in known:
+            extra["scale"] = scale
+        elif scale is not None:
+            queries = queries * (scale * queries.shape[2] ** 0.5)
         left = -1 if window is None or window >= longest else window - 1
         attended: torch.Tensor = varlen_attn(
             queries, keys, values, offsets, offsets, longest, longest, window_size=(left, 0), **extra
@@ -188,7 +196,7 @@ def _one_kernel() -> Kernel:
 
 
 def _one_by_one(
-    flat: tuple[torch.Tensor, ...], segments: Sequence[int], window: int | None, dropout: float
+    flat: tuple[torch.Tensor, ...], segments: Sequence[int], window: int | None, dropout: float, scale: float | None
 ) -> torch.Tensor:
     """Sample by sample."""
     # One split, not slices: the backward pass of a slice writes a tensor of the whole's size.
@@ -205,6 +213,7 @@ def _one_by_one(
             attn_mask=mask,
             dropout_p=dropout,
             is_causal=mask is None,
+            scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         attended.append(one.squeeze(0).transpose(0, 1))

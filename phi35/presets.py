@@ -1,9 +1,9 @@
 """Ready configurations of the family, by name.
 
 The dense models stand here; the sparse and the vision models stand beside their code in ``moe.presets`` and
-``vision.presets`` and are merged in by registry string. Every value is that of the published ``config.json``
-(a test diffs them). Each preset has a twin called "tiny-" + its name: the same kinds of layers, shrunk until a
-forward pass takes milliseconds on a CPU.
+``vision.presets`` and are merged in by registry string. Every value is that of the published ``config.json`` (a test
+diffs them), but for the LongRoPE factors of phi-3-small-128k (``phi35.longrope_factors``). Each preset has a twin
+called "tiny-" + its name: the same kinds of layers, shrunk until a forward pass takes milliseconds on a CPU.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import difflib
 
 from phi35 import longrope_factors as factors
 from phi35.config import ModelConfig, RopeScaling
+from phi35.config_io import SMALL_DUMMY_IDS, SMALL_STOP_IDS, SMALL_VOCAB_SIZE
 from phi35.registry import resolve
 
 _MINI = ModelConfig(sliding_window=2047)
@@ -22,12 +23,55 @@ _MEDIUM = _MINI.replace(
     num_key_value_heads=10,
 )
 
+_SMALL = ModelConfig(
+    model_type="phi3small",
+    vocab_size=SMALL_VOCAB_SIZE,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    hidden_act="gegelu",
+    gegelu_limit=20.0,
+    norm_type="layernorm",
+    attention_bias=True,
+    mlp_bias=True,
+    tie_word_embeddings=True,
+    embd_pdrop=0.1,
+    ffn_pdrop=0.1,
+    max_position_embeddings=8192,
+    original_max_position_embeddings=8192,
+    rope_theta=1e6,
+    mup_use_scaling=True,
+    mup_embedding_multiplier=10.0,
+    mup_width_multiplier=8.0,
+    blocksparse_block_size=64,
+    blocksparse_num_local_blocks=16,
+    blocksparse_vert_stride=8,
+    dense_attention_every_n_layers=2,
+    dummy_token_indices=SMALL_DUMMY_IDS,
+    bos_token_id=100257,
+    eos_token_id=100257,
+    pad_token_id=100257,
+    stop_token_ids=SMALL_STOP_IDS,
+)
+
 FULL_SIZE: dict[str, ModelConfig] = {
     "phi-3-mini-4k": _MINI,
     "phi-3-mini-128k": _MINI.replace(
         max_position_embeddings=131072,
         sliding_window=262144,
         rope_scaling=RopeScaling(short_factor=factors.PHI_3_MINI_128K_SHORT, long_factor=factors.PHI_3_MINI_128K_LONG),
+    ),
+    "phi-3-small-8k": _SMALL,
+    "phi-3-small-128k": _SMALL.replace(
+        max_position_embeddings=131072,
+        rope_scaling=RopeScaling(
+            short_factor=factors.PHI_3_SMALL_128K_SHORT,
+            long_factor=factors.PHI_3_SMALL_128K_LONG,
+            short_mscale=factors.PHI_3_SMALL_128K_MSCALE,
+            long_mscale=factors.PHI_3_SMALL_128K_MSCALE,
+        ),
     ),
     "phi-3-medium-4k": _MEDIUM,
     "phi-3-medium-128k": _MEDIUM.replace(
@@ -48,9 +92,10 @@ FULL_SIZE: dict[str, ModelConfig] = {
 def tiny_twin(config: ModelConfig) -> ModelConfig:
     """A config with the same kinds of layers that runs in milliseconds on a CPU.
 
-    Two layers of width 64 with 4 heads of 16 (2 key-value heads where the model groups them), the package's
-    small vocabulary (the published special ids less 31000), 4 experts, a tower of 3 blocks on 64-pixel crops.
-    LongRoPE keeps its lengths, so that the switch stays at 4096, and an evenly spaced choice of its factors.
+    Two layers of width 64 with 4 heads of 16 (2 key-value heads where the model groups them), the package's small
+    vocabulary (the published special ids less 31000), 4 experts, a tower of 3 blocks on 64-pixel crops; blocks of 16
+    tokens, 4 of them local, where attention is block-sparse. LongRoPE keeps its lengths, so that the switch stays at
+    4096, and an evenly spaced choice of its factors.
 
     Args:
         config: a full-size preset.
@@ -85,10 +130,14 @@ def tiny_twin(config: ModelConfig) -> ModelConfig:
         num_key_value_heads=4 if config.num_key_value_heads == config.num_attention_heads else 2,
         head_dim=head_dim,
         rope_scaling=rope_scaling,
+        bos_token_id=1,
         eos_token_id=1000,
         pad_token_id=1000,
         stop_token_ids=(1007, 1001, 1000),
         num_local_experts=4 if config.is_sparse else 0,
+        blocksparse_block_size=16 if config.blocksparse_block_size else 0,
+        blocksparse_num_local_blocks=4 if config.blocksparse_block_size else 16,
+        dummy_token_indices=tuple(range(1064, 1088)) if config.dummy_token_indices else (),
         vision=vision,
     )
 
@@ -115,11 +164,6 @@ def get(name: str) -> ModelConfig:
     presets = _all()
     if name in presets:
         return presets[name]
-    if isinstance(name, str) and name.removeprefix("tiny-").startswith("phi-3-small"):
-        raise ValueError(
-            f"preset {name!r}: the phi3small architecture (block-sparse attention, gegelu) is not supported by this "
-            f"version; supported presets are {names()}"
-        )
     near = difflib.get_close_matches(str(name), presets, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise ValueError(f"unknown preset {name!r}{hint} Known presets are {names()}")

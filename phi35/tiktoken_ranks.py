@@ -20,10 +20,36 @@ SPLIT_PATTERN = (
 """How cl100k_base cuts text before merging."""
 
 
+PUBLISHED_RANKS = 100256
+_NAMED = {
+    100257: "endoftext",
+    100258: "fim_prefix",
+    100259: "fim_middle",
+    100260: "fim_suffix",
+    100261: "system",
+    100262: "user",
+    100263: "assistant",
+    100266: "end",
+    100276: "endofprompt",
+}
+_FILLED_FIRST = (100264, 100265, 100256)
+
+
+def published_special_tokens() -> dict[int, str]:
+    """Id -> text of phi-3-small's special tokens, which its published folder holds in code alone.
+
+    Nine have a name; all other ids up to 100,351 are numbered dummies, numbered in the published order.
+    """
+    dummies = [*_FILLED_FIRST, *(index for index in range(100267, 100352) if index not in _NAMED)]
+    tokens = {index: f"<|{name}|>" for index, name in _NAMED.items()}
+    return tokens | {index: f"<|dummy_id_{number}|>" for number, index in enumerate(dummies)}
+
+
 def definition_from_folder(folder: Path, settings: dict[str, Any]) -> str:
     """The text of a tokenizer.json equal to a folder's ``*.tiktoken`` file.
 
-    Special tokens come from ``tokenizer_module.json`` and from ``added_tokens_decoder`` of the settings.
+    Special tokens come from ``tokenizer_module.json`` and from ``added_tokens_decoder`` of the settings; what they
+    leave out of phi-3-small's, whose published folder has them in code alone, is known here.
 
     Raises:
         ValueError: if the folder has no such file, or its ids leave gaps.
@@ -37,6 +63,9 @@ def definition_from_folder(folder: Path, settings: dict[str, Any]) -> str:
     if module_path.is_file():
         for token in json.loads(module_path.read_text("utf-8")).get("added_tokens", []):
             special.setdefault(token["id"], token)
+    if len(ranks) == PUBLISHED_RANKS:
+        for index, content in published_special_tokens().items():
+            special.setdefault(index, {"content": content, **_FLAGS})
     expected = list(range(len(ranks), len(ranks) + len(special)))
     if sorted(special) != expected:
         missing = sorted(set(expected) - set(special))
@@ -44,6 +73,9 @@ def definition_from_folder(folder: Path, settings: dict[str, Any]) -> str:
             f"{folder}: special token ids must follow the {len(ranks)} ranks without gaps; missing {missing}"
         )
     return json.dumps(_definition(ranks, special), ensure_ascii=False)
+
+
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
@@ -68,14 +100,13 @@ def _definition(ranks: dict[bytes, int], special: dict[int, dict[str, Any]]) -> 
         known = [(left, right) for left, right in splits if left in ranks and right in ranks]
         known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [[text[left], text[right]] for left, right in known]
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": index, "content": special[index]["content"]} | {flag: special[index][flag] for flag in flags}
+            {"id": index, "content": special[index]["content"]} | {flag: special[index][flag] for flag in _FLAGS}
             for index in sorted(special)
         ],
         "normalizer": None,

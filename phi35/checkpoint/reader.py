@@ -121,16 +121,16 @@ def fill(model: torch.nn.Module, match: Match, stored: Mapping[str, StoredTensor
                     memory = targets[placement.memory_name]
                     first = parts.get(placement.memory_name)
                     if first is None:
-                        placement.view(memory).copy_(_tensor(shard, placement.disk_name, file))
+                        placement.put(memory, _tensor(shard, placement.disk_name, file))
                     elif placement.index is None:  # all experts as one tensor on disk too
                         rows = slice(first, first + memory.shape[0])
-                        placement.view(memory).copy_(_tensor(shard, placement.disk_name, file, rows))
+                        placement.put(memory, _tensor(shard, placement.disk_name, file, rows))
                     elif first <= placement.index < first + memory.shape[0]:
                         here = dataclasses.replace(placement, index=placement.index - first)
-                        here.view(memory).copy_(_tensor(shard, placement.disk_name, file))
+                        here.put(memory, _tensor(shard, placement.disk_name, file))
         different = []
         for placement in match.verify:
-            target = placement.view(targets[placement.memory_name])
+            target = placement.take(targets[placement.memory_name])
             file = stored[placement.disk_name].file
             with _opened(file) as shard:
                 if not torch.equal(target, _tensor(shard, placement.disk_name, file).to(target)):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from phi35.config import ModelConfig
+from phi35.config_io import published_model_type
 from phi35.meta_model import meta_model
 from phi35.registry import resolve
 
@@ -24,6 +25,34 @@ FIELDS = {"layer": r"\d+", "expert": r"\d+", "kind": r"[^.]+", "rest": r".+"}
 """Placeholders of name patterns: numbers, one component of a name, any end of a name."""
 
 Sizes = Callable[[ModelConfig], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """Rows that disk keeps group by group and memory kind by kind.
+
+    Attributes:
+        count: number of groups.
+        sizes: rows that a group has of each kind. Memory holds the first kind's rows of all groups, then the second's.
+    """
+
+    count: int
+    sizes: tuple[int, ...]
+
+    def parts(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """Each kind's rows (count, size, ...) as views of a memory tensor.
+
+        Raises:
+            ValueError: if it has another number of rows, as packed zero points have.
+        """
+        rows = self.count * sum(self.sizes)
+        if memory.shape[0] != rows:
+            raise ValueError(
+                f"a tensor has {memory.shape[0]} rows where disk keeps {rows} in another order: zero points of "
+                "asymmetric codes are packed along these rows; quantize this model symmetrically"
+            )
+        kinds = memory.split([self.count * size for size in self.sizes])
+        return [kind.unflatten(0, (self.count, size)) for kind, size in zip(kinds, self.sizes, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +70,7 @@ class Rule:
             first dimension.
         leading_ones: dimensions of size 1 that memory has in front and disk lacks.
         transpose: disk holds the last two dimensions exchanged.
+        groups: the rows' order on disk, where it is another; for a rule of one disk tensor without other steps.
     """
 
     memory: str
@@ -50,6 +80,7 @@ class Rule:
     stack: str | None = None
     leading_ones: int = 0
     transpose: bool = False
+    groups: Callable[[ModelConfig], RowGroups] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +107,7 @@ class Placement:
         leading_ones: leading dimensions of size 1 to drop.
         window: (dim, start, length) of the part, or None for the whole.
         transpose: whether disk holds the last two dimensions exchanged.
+        groups: the rows' order on disk, or None for the same.
     """
 
     disk_name: str
@@ -84,9 +116,24 @@ class Placement:
     leading_ones: int = 0
     window: tuple[int, int, int] | None = None
     transpose: bool = False
+    groups: RowGroups | None = None
 
-    def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """The part of ``memory`` that the disk tensor holds, as a view with the disk tensor's shape."""
+    def take(self, memory: torch.Tensor) -> torch.Tensor:
+        """What the disk tensor holds: a view of ``memory``, or a copy where disk has the rows in another order."""
+        if self.groups is None:
+            return self._view(memory)
+        return torch.cat(self.groups.parts(memory), dim=1).flatten(0, 1)
+
+    def put(self, memory: torch.Tensor, disk: torch.Tensor) -> None:
+        """Copy a disk tensor to its place in ``memory``."""
+        if self.groups is None:
+            self._view(memory).copy_(disk)
+            return
+        grouped = disk.unflatten(0, (self.groups.count, sum(self.groups.sizes))).split(self.groups.sizes, dim=1)
+        for part, values in zip(self.groups.parts(memory), grouped, strict=True):
+            part.copy_(values)
+
+    def _view(self, memory: torch.Tensor) -> torch.Tensor:
         part = memory if self.index is None else memory[self.index]
         for _ in range(self.leading_ones):
             part = part[0]
@@ -124,6 +171,8 @@ SAME_NAME = Rule(memory="{rest}", disk=("{rest}",))
 def rules_for(config: ModelConfig) -> tuple[Rule | Ignore, ...]:
     """The rules of a model, most specific first; a model with image path and experts takes both tables."""
     rules = BASE_RULES
+    if published_model_type(config) == "phi3small":
+        rules += tuple(resolve("phi35.checkpoint.small_rules:RULES"))
     if config.vision is not None:
         rules += tuple(resolve("checkpoint_rules.vision"))
     if config.is_sparse:
@@ -182,7 +231,7 @@ class CheckpointPlan:
 
     def disk_shape(self, placement: Placement) -> tuple[int, ...]:
         """Shape of the disk tensor of a placement."""
-        return tuple(placement.view(torch.empty(self.shapes[placement.memory_name], device="meta")).shape)
+        return tuple(placement.take(torch.empty(self.shapes[placement.memory_name], device="meta")).shape)
 
     def match(self, disk: Mapping[str, tuple[int, ...]], source: str = "checkpoint") -> Match:
         """Says for each disk tensor where it goes.
@@ -254,9 +303,9 @@ def to_memory(
             continue
         if name not in memory:
             memory[name] = tensor.new_empty(plan.shapes[name])
-        placement.view(memory[name]).copy_(tensor)
+        placement.put(memory[name], tensor)
     different = [
-        p.disk_name for p in match.verify if not torch.equal(p.view(memory[p.memory_name]), disk_state[p.disk_name])
+        p.disk_name for p in match.verify if not torch.equal(p.take(memory[p.memory_name]), disk_state[p.disk_name])
     ]
     check_repeats(different)
     ordered = {name: memory[name] for name in whole}
@@ -273,8 +322,8 @@ def to_disk(config: ModelConfig, memory_state: Mapping[str, torch.Tensor]) -> di
         memory_state: a full state dict of the model.
 
     Returns:
-        disk name -> view of the memory tensor (nothing is copied); a tied head is left out. Packed weights have
-        their shapes beside them.
+        disk name -> view of the memory tensor, or a copy where disk has the rows in another order; a tied head is
+        left out. Packed weights have their shapes beside them.
 
     Raises:
         ValueError: if tensors are missing, unknown or misshapen (all listed).
@@ -291,7 +340,7 @@ def to_disk(config: ModelConfig, memory_state: Mapping[str, torch.Tensor]) -> di
     if problems:
         raise ValueError(f"the state does not fit the config: {listed(problems)}")
     plan = CheckpointPlan(config, shapes)
-    state = {p.disk_name: p.view(memory_state[p.memory_name]) for p in plan.written()}
+    state = {p.disk_name: p.take(memory_state[p.memory_name]) for p in plan.written()}
     return state if config.quantization is None else state | resolve("phi35.quantization.names:packed_shapes")(plan)
 
 
@@ -336,7 +385,15 @@ def _placements(rule: Rule, match: re.Match[str], shape: tuple[int, ...], config
     for index in range(shape[0]) if rule.stack else (None,):
         fields = match.groupdict() | ({rule.stack: str(index)} if rule.stack else {})
         placements += [
-            Placement(name.format(**fields), match.string, index, rule.leading_ones, window, rule.transpose)
+            Placement(
+                name.format(**fields),
+                match.string,
+                index,
+                rule.leading_ones,
+                window,
+                rule.transpose,
+                None if rule.groups is None else rule.groups(config),
+            )
             for name, window in zip(rule.disk, windows, strict=True)
         ]
     return placements

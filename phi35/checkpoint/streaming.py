@@ -37,7 +37,7 @@ class StoredWeights:
         for placement in match.load:
             self._parts.setdefault(placement.memory_name, []).append(placement)
         check_repeats(
-            p.disk_name for p in match.verify if not torch.equal(p.view(self.tensor(p.memory_name)), self._read(p))
+            p.disk_name for p in match.verify if not torch.equal(p.take(self.tensor(p.memory_name)), self._read(p))
         )
 
     @property
@@ -52,7 +52,7 @@ class StoredWeights:
             return self._read(parts[0])
         whole = torch.empty(self.plan.shapes[name], dtype=self.stored[parts[0].disk_name].dtype)
         for part in parts:
-            part.view(whole).copy_(self._read(part))
+            part.put(whole, self._read(part))
         return whole
 
     def part(self, name: str, placement: Placement) -> torch.Tensor:
@@ -61,10 +61,10 @@ class StoredWeights:
         Read alone where the disk stores it so, which spares reading all experts for one.
         """
         for stored in self._parts[name]:
-            same = (stored.index, stored.window) == (placement.index, placement.window)
+            same = (stored.index, stored.window, stored.groups) == (placement.index, placement.window, placement.groups)
             if same and not (stored.leading_ones or stored.transpose):
                 return self._read(stored)
-        return placement.view(self.tensor(name))
+        return placement.take(self.tensor(name))
 
     def _read(self, placement: Placement) -> torch.Tensor:
         file = self.stored[placement.disk_name].file

@@ -13,7 +13,7 @@ from pathlib import Path
 from phi35.config import ModelConfig
 from phi35.registry import resolve
 from phi35.training.config import TrainingConfig
-from phi35.training.flops import TrainingFlops, Work, visible_pairs
+from phi35.training.flops import TrainingFlops, Work, attention_pairs
 
 MEASURED = Path(__file__).with_name("measured_mfu.json")
 SLOWDOWN = {False: 1.0, "selective": 1.01, True: 4 / 3}
@@ -99,7 +99,7 @@ def micro_batch_work(model_config: ModelConfig, config: TrainingConfig, crops: i
         side = model_config.vision.image_size
         count = resolve("vision.image_transform:num_image_tokens")
         image_tokens = count(side, side * max(1, crops - 1), model_config.vision)
-    return Work(rows * length, rows * visible_pairs(length, model_config.sliding_window), crops, image_tokens)
+    return Work(rows * length, rows * attention_pairs(length, model_config), crops, image_tokens)
 
 
 def _measured(model_config: ModelConfig, config: TrainingConfig) -> tuple[float, str]:

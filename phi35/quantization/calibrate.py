@@ -278,7 +278,7 @@ class _Calibration:
 
     def part(self, placement: Placement) -> torch.Tensor:
         """What a published tensor holds."""
-        return placement.view(self.tensor(placement.memory_name))
+        return placement.take(self.tensor(placement.memory_name))
 
     def tensor(self, name: str) -> torch.Tensor:
         """A memory tensor of the quantized model; the last one stays at hand, for an expert follows another."""

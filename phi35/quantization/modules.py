@@ -145,6 +145,10 @@ def quantize_structure(model: nn.Module, config: ModelConfig) -> None:
     problems = [problem for name, module, one in chosen for problem in _problems(name, module, one)]
     if config.tie_word_embeddings and (quantization.embedding or quantization.head):
         problems.append("embedding and head are one tensor (tie_word_embeddings): leave both unquantized")
+    if quantization.embedding and config.mup_embedding_multiplier != 1:
+        problems.append("the embedding has a factor (mup_embedding_multiplier), which its quantized form lacks")
+    if quantization.head and (config.mup_width_multiplier != 1 or config.dummy_token_indices):
+        problems.append("the head divides or masks its logits (mup_width_multiplier, dummy_token_indices): leave it")
     if quantization.tower is not None and config.vision is None:
         problems.append("a tower format is given and the model reads text only")
     if problems:

@@ -111,7 +111,7 @@ class _TrainedTensors:
             kind = AVERAGE if self.average and self.reader.has(AVERAGE, name) else PARAMETER
             read = self.reader.read(kind, name, **one).to(self.dtype)
             self._last = (key, read if index is None else read[0])
-        return dataclasses.replace(placement, index=None).view(self._last[1])
+        return dataclasses.replace(placement, index=None).take(self._last[1])
 
 
 def _write_selection_bias(selection_bias: list[list[float]] | None, output: Path) -> None:

@@ -10,10 +10,12 @@ none of its input where nothing before it is trained. Padding counts nothing, an
 pass is never counted: it is work that the model does not need.
 """
 
+import functools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from phi35.block_sparse import block_pattern
 from phi35.config import ModelConfig
 from phi35.meta_model import meta_model
 from phi35.registry import resolve
@@ -146,7 +148,7 @@ def batch_work(batch: Mapping[str, Any], config: ModelConfig) -> Work:
     else:
         lengths = [input_ids.shape[1]] * input_ids.shape[0]
     lengths = list(lengths)
-    pairs = sum(visible_pairs(length, config.sliding_window) for length in lengths)
+    pairs = sum(attention_pairs(length, config) for length in lengths)
     crops, image_tokens = 0, 0
     sizes = batch.get("image_sizes")
     if sizes is not None and config.vision is not None:
@@ -156,6 +158,18 @@ def batch_work(batch: Mapping[str, Any], config: ModelConfig) -> Work:
             crops += 1 + (height // side) * (width // side)
             image_tokens += num_image_tokens(height, width, config.vision)
     return Work(sum(lengths), pairs, crops, image_tokens)
+
+
+@functools.lru_cache(maxsize=4096)
+def attention_pairs(length: int, config: ModelConfig) -> int:
+    """Pairs of a query and a key that a head sees in a sequence, on average over heads and layers."""
+    dense, pattern = visible_pairs(length, config.sliding_window), block_pattern(config)
+    if pattern is None:
+        return dense
+    layers = config.num_hidden_layers
+    some = sum(config.is_block_sparse_layer(layer) for layer in range(layers))
+    seen = pattern.num_pairs(length, config.num_attention_heads) / config.num_attention_heads
+    return round((seen * some + dense * (layers - some)) / layers)
 
 
 def visible_pairs(length: int, window: int | None) -> int:

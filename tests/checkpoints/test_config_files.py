@@ -117,13 +117,17 @@ def test_missing_fields_take_the_published_classes_defaults():
     sparse = from_hf_dict({"architectures": ["PhimoeForCausalLM"], "max_position_embeddings": 4096})
     assert (sparse.num_local_experts, sparse.intermediate_size, sparse.norm_type) == (16, 6400, "layernorm")
     assert sparse.rope_theta == 1e6 and not sparse.attention_bias
+    assert from_hf_dict({"architectures": ["Phi3SmallForCausalLM"]}) == presets.get("phi-3-small-8k")
+    other_vocabulary = from_hf_dict({"model_type": "phi3small", "vocab_size": 200})
+    assert other_vocabulary.dummy_token_indices == () and other_vocabulary.stop_token_ids == (100257,)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama'.*expected one of .'phi3', 'phi3_v', 'phimoe'"),
-        ({"model_type": "phi3small"}, "phi3small.*not supported by this version"),
+        ({"model_type": "llama"}, "model_type 'llama'.*expected one of .'phi3', 'phi3_v', 'phi3small', 'phimoe'"),
+        ({"model_type": "phi3small", "ff_dim_multiplier": 4}, "ff_dim_multiplier is 4: give ff_intermediate_size"),
+        ({"model_type": "phi3small", "rope_position_scale": 2.0}, "rope_position_scale is 2.0"),
         ({"model_type": None, "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

@@ -52,7 +52,7 @@ def test_load_save_load_changes_no_byte(family, dtype, tmp_path):
 
 def test_a_frozen_tensor_stays_frozen_and_a_loaded_model_trains(tmp_path):
     phi35.save(model_of("tiny-phi-3.5-vision"), None, tmp_path)
-    with pytest.warns(UserWarning, match="no tokenizer.json: the model comes without a processor"):
+    with pytest.warns(UserWarning, match="no tokenizer.json .*: the model comes without a processor"):
         model, processor = phi35.load(str(tmp_path), device="cpu")
     assert processor is None
     fresh = model_of("tiny-phi-3.5-vision")

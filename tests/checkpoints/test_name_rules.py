@@ -6,10 +6,14 @@ import torch
 import phi35
 from phi35 import presets
 from phi35.checkpoint.rules import CheckpointPlan, Rule, memory_shapes, rules_for, to_disk, to_memory
+from phi35.config_io import from_hf_dict, to_generation_dict, to_hf_dict
+from phi35.meta_model import meta_model
+from phi35.parameter_count import count_parameters
 
+KINDS = ("weight", "bias")
 TOWER = "model.vision_embed_tokens.img_processor."
 CLIP = TOWER + "vision_model."
-TWINS = ["tiny-phi-3-medium-4k", "tiny-phi-3.5-moe", "tiny-phi-3.5-vision"]
+TWINS = ["tiny-phi-3-medium-4k", "tiny-phi-3-small-8k", "tiny-phi-3.5-moe", "tiny-phi-3.5-vision"]
 
 
 def combined_config():
@@ -80,6 +84,58 @@ def test_sparse_names_and_the_order_of_their_parts():
     assert torch.equal(disk[layer + "self_attn.q_proj.weight"], qkv[:64])
     assert torch.equal(disk[layer + "self_attn.k_proj.weight"], qkv[64:96])
     assert torch.equal(disk[layer + "self_attn.v_proj.weight"], qkv[96:])
+
+
+def test_phi_3_smalls_names_and_the_order_of_their_rows():
+    config = presets.get("tiny-phi-3-small-8k")
+    memory = state_of(config)
+    for name, tensor in memory.items():
+        if name.endswith("bias"):
+            tensor.normal_(generator=torch.Generator().manual_seed(len(name)))
+    disk = to_disk(config, memory)
+    layer = "model.layers.1."
+    modules = "self_attn.query_key_value self_attn.dense mlp.up_proj mlp.down_proj input_layernorm"
+    assert {name for name in disk if name.startswith(layer)} == {
+        f"{layer}{module}.{kind}" for module in (*modules.split(), "post_attention_layernorm") for kind in KINDS
+    }
+    assert {name for name in disk if not name.startswith("model.layers.")} == {
+        "model.embed_tokens.weight",
+        "model.final_layernorm.weight",
+        "model.final_layernorm.bias",
+    }
+    # By hand, heads of 16 rows: group 1 has query heads 2 and 3, key head 1, value head 1.
+    for kind in KINDS:
+        fused, grouped = memory[f"{layer}self_attn.qkv_proj.{kind}"], disk[f"{layer}self_attn.query_key_value.{kind}"]
+        assert torch.equal(grouped[64:96], fused[32:64])
+        assert torch.equal(grouped[96:112], fused[64 + 16 : 64 + 32])
+        assert torch.equal(grouped[112:128], fused[96 + 16 : 96 + 32])
+        both, turns = memory[f"{layer}mlp.gate_up_proj.{kind}"], disk[f"{layer}mlp.up_proj.{kind}"]
+        assert torch.equal(turns[0::2], both[:128]) and torch.equal(turns[1::2], both[128:])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "phi-3-small-8k",
+        "phi-3-small-128k",
+        "phi-3-medium-4k",
+        "phi-3-medium-128k",
+        "phi-3-vision-128k",
+        "phi-3.5-mini",
+        "phi-3.5-moe",
+        "phi-3.5-vision",
+    ],
+)
+def test_full_size_models_go_to_disk_names_and_back_without_memory(name):
+    """Every name and shape, there and back, on the meta device."""
+    config = presets.get(name)
+    memory = meta_model(config).state_dict()
+    disk = to_disk(config, memory)
+    back = to_memory(config, disk)
+    assert {key: tensor.shape for key, tensor in back.items()} == {key: tensor.shape for key, tensor in memory.items()}
+    assert all(tensor.is_meta for tensor in (*disk.values(), *back.values()))
+    assert sum(tensor.numel() for tensor in disk.values()) == count_parameters(config).total
+    assert from_hf_dict(to_hf_dict(config), to_generation_dict(config)) == config.replace(experts_backend="auto")
 
 
 def test_tower_names_are_those_of_clip():
@@ -217,11 +273,11 @@ def test_transposed_parts_are_placed_and_taken_back():
     )
     plan = CheckpointPlan(presets.get("tiny-phi-3.5-mini"), {"both.3": (4, 6)}, rules)
     whole = torch.arange(24.0).reshape(4, 6)
-    disk = {placement.disk_name: placement.view(whole) for placement in plan.written()}
+    disk = {placement.disk_name: placement.take(whole) for placement in plan.written()}
     assert torch.equal(disk["first.3"], whole[:, :3].T) and torch.equal(disk["second.3"], whole[:, 3:].T)
     target = torch.zeros(4, 6)
     for placement in plan.match({name: tuple(tensor.shape) for name, tensor in disk.items()}).load:
-        placement.view(target).copy_(disk[placement.disk_name])
+        placement.put(target, disk[placement.disk_name])
     assert torch.equal(target, whole)
     assert [p.disk_name for p in plan.match({"whole.3": (4, 6)}).load] == ["whole.3"]
     with pytest.raises(ValueError, match="1 missing: second.3"):

@@ -48,5 +48,5 @@ def test_the_norm_of_gradients_equals_float64(report):
 
 
 def test_whole_models_equal_the_plain_form(report):
-    assert len(report["models"]) == 2
+    assert len(report["models"]) == 3
     assert max(report["models"].values()) < 1e-5  # measured: 8e-7

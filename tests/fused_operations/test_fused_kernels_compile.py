@@ -70,11 +70,28 @@ CASES = {
         {"ADD": True, "BIAS": True, "SUBTRACT": True, "BLOCK": 4096},
         8,
     ),
-    "gate": (gated._gate_kernel, {"gate_up out": BF16, "width": "i32"}, {"ACT": "silu", "BLOCK": 1024}, 4),
+    "gate": (
+        gated._gate_kernel,
+        {"gate_up out": BF16, "width": "i32"},
+        {"ACT": "silu", "LIMIT": 0.0, "BLOCK": 1024},
+        4,
+    ),
     "gate backward": (
         gated._gate_backward_kernel,
         {"grad gate_up gate_up_grad": BF16, "width": "i32"},
-        {"ACT": "silu", "BLOCK": 1024},
+        {"ACT": "silu", "LIMIT": 0.0, "BLOCK": 1024},
+        4,
+    ),
+    "clamped gate": (
+        gated._gate_kernel,
+        {"gate_up out": BF16, "width": "i32"},
+        {"ACT": "gegelu", "LIMIT": 20.0, "BLOCK": 1024},
+        4,
+    ),
+    "clamped gate backward": (
+        gated._gate_backward_kernel,
+        {"grad gate_up gate_up_grad": BF16, "width": "i32"},
+        {"ACT": "gegelu", "LIMIT": 20.0, "BLOCK": 1024},
         4,
     ),
     "activate": (

@@ -1,9 +1,12 @@
 """Fused operations and selective recomputation as torch operations: gradients, whole models, what is kept."""
 
+import functools
+
 import pytest
 import torch
 
 from phi35 import fused, fused_head
+from phi35.feed_forward import gegelu
 from phi35.loading import create
 from phi35.recompute import given_again
 from phi35.training.acceleration import fuse
@@ -40,6 +43,14 @@ def test_activation_gradients_are_those_of_their_values(activation):
     assert torch.autograd.gradcheck(lambda values: fused.activate(values, activation), [draw(4, 6)])
     if activation != "quick_gelu":
         assert torch.autograd.gradcheck(lambda values: fused.gated_activation(values, activation), [draw(4, 6)])
+
+
+def test_a_clamped_gate_and_its_gradient():
+    values = 3.0 * draw(6, 8)
+    limited = functools.partial(fused.gated_activation, activation="gegelu", limit=1.5)
+    assert (values.abs() > 1.5).sum() > 10
+    assert torch.autograd.gradcheck(limited, [values.detach().requires_grad_()])
+    torch.testing.assert_close(limited(values), gegelu(*values.chunk(2, dim=-1), limit=1.5))
 
 
 def test_rotation_gradients_are_those_of_its_values():
@@ -83,7 +94,9 @@ def gradients(preset, kernels, checkpointing=False, **changes):
     return output.loss.detach(), named
 
 
-@pytest.mark.parametrize("preset", ["tiny-phi-3.5-mini", "tiny-phi-3.5-moe", "tiny-phi-3-medium-4k"])
+@pytest.mark.parametrize(
+    "preset", ["tiny-phi-3.5-mini", "tiny-phi-3.5-moe", "tiny-phi-3-medium-4k", "tiny-phi-3-small-8k"]
+)
 def test_a_fused_model_equals_the_plain_one(preset):
     loss, plain = gradients(preset, "torch")
     again, fast = gradients(preset, "fused")
@@ -93,7 +106,7 @@ def test_a_fused_model_equals_the_plain_one(preset):
         assert float((plain[name] - fast[name]).norm() / plain[name].norm()) < 1e-5, name
 
 
-@pytest.mark.parametrize("preset", ["tiny-phi-3.5-mini", "tiny-phi-3.5-moe"])
+@pytest.mark.parametrize("preset", ["tiny-phi-3.5-mini", "tiny-phi-3.5-moe", "tiny-phi-3-small-8k"])
 @pytest.mark.parametrize("checkpointing", ["selective", True, "reentrant"])
 def test_recomputation_of_a_fused_model_changes_no_bit(preset, checkpointing):
     torch.use_deterministic_algorithms(True)

@@ -14,6 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from phi35 import fused, fused_head
+from phi35.feed_forward import gegelu
 from phi35.kernels import adamw
 from phi35.loading import create
 from phi35.training import mixed_precision
@@ -81,6 +82,11 @@ def activations() -> dict[str, dict[str, float]]:
         results[f"gated {name}"] = compare(
             lambda values, name=name: [fused.gated_activation(values, name)], [draw(5, 2 * 24)], gated
         )
+    results["gated gegelu"] = compare(
+        lambda values: [fused.gated_activation(values, "gegelu", 1.5)],
+        [3.0 * draw(5, 2 * 24)],
+        lambda values: [gegelu(*values.chunk(2, dim=-1), limit=1.5)],
+    )
     for name in ("silu", "gelu", "quick_gelu"):
         results[name] = compare(
             lambda values, name=name: [fused.activate(values, name)],
@@ -188,11 +194,12 @@ def gradient_norm() -> dict[str, float]:
 def models() -> dict[str, float]:
     """Tiny models whole: loss and gradients of the fused form against the plain one."""
     report = {}
-    for preset in ("tiny-phi-3.5-mini", "tiny-phi-3-medium-4k"):
+    for preset in ("tiny-phi-3.5-mini", "tiny-phi-3-medium-4k", "tiny-phi-3-small-8k"):
         ids = torch.randint(3, 1000, (2, 9), generator=torch.Generator().manual_seed(1))
         results = []
         for enabled in (False, True):
-            model = create(preset, dtype="float32", seed=0, initializer_range=0.1, sliding_window=None).train()
+            changes = {"initializer_range": 0.1, "sliding_window": None, "embd_pdrop": 0.0, "ffn_pdrop": 0.0}
+            model = create(preset, dtype="float32", seed=0, **changes).train()
             fuse(model, enabled)
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
