@@ -30,6 +30,7 @@ class LanguageModelHead(nn.Linear):
         bias: whether it has one.
         divisor: of the logits (muP).
         masked_ids: ids whose logits are the least number of their dtype, so that they are never chosen.
+        device: of the parameters.
 
     Attributes:
         fused: take the loss by ``phi35.fused_head``.
@@ -44,10 +45,11 @@ class LanguageModelHead(nn.Linear):
         bias: bool = False,
         divisor: float = 1.0,
         masked_ids: Sequence[int] = (),
+        device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(hidden_size, vocab_size, bias=bias)
+        super().__init__(hidden_size, vocab_size, bias=bias, device=device)
         self.divisor, self.masked_ids = divisor, tuple(masked_ids)
-        self._masks: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        self._masks: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
 
     def forward(self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Logits, or the loss.
@@ -78,10 +80,10 @@ class LanguageModelHead(nn.Linear):
 
         Not a buffer: it follows from the ids alone, so that no checkpoint, cast or meta device can touch it.
         """
-        key = self.weight.device, self.weight.dtype
+        key = self.weight.device, self.weight.dtype, self.weight.shape[0]
         if key not in self._masks:
             with torch.inference_mode(False):  # a later training pass may use it too
-                mask = torch.zeros(self.out_features, device=key[0], dtype=key[1])
+                mask = torch.zeros(key[2], device=key[0], dtype=key[1])
                 mask[list(self.masked_ids)] = torch.finfo(key[1]).min
             self._masks[key] = mask
         return self._masks[key]

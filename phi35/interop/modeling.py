@@ -19,6 +19,7 @@ from phi35.model import CausalLM
 from phi35.outputs import CausalLMOutput
 from phi35.packed_attention import ignore_first_tokens
 from phi35.registry import resolve
+from phi35.token_embedding import with_factor_of
 
 
 class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -147,7 +148,8 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Put another token embedding in its place; the head follows where the config ties them."""
-        self.causal_lm.model.embed_tokens = value
+        decoder = self.causal_lm.model
+        decoder.embed_tokens = value = with_factor_of(value, decoder.embed_tokens)
         if self.causal_lm.config.tie_word_embeddings and isinstance(value, nn.Embedding):
             self.causal_lm.lm_head.weight = value.weight
 
@@ -158,8 +160,15 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another head in its place; a plain linear layer becomes one that knows the loss, with its parameters."""
         if isinstance(new_embeddings, nn.Linear) and not isinstance(new_embeddings, LanguageModelHead):
-            linear = new_embeddings
-            head = LanguageModelHead(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+            linear, config = new_embeddings, self.causal_lm.config
+            head = LanguageModelHead(
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                divisor=config.mup_width_multiplier,
+                masked_ids=[token for token in config.dummy_token_indices if token < linear.out_features],
+                device="meta",
+            )
             head.weight, head.bias = linear.weight, linear.bias
             head.fused = getattr(self.causal_lm.lm_head, "fused", False)
             new_embeddings = head.train(linear.training)

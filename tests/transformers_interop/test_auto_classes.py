@@ -13,7 +13,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import phi35
 
-PRESETS = {"phi3": "tiny-phi-3.5-mini", "phimoe": "tiny-phi-3.5-moe", "phi3_v": "tiny-phi-3.5-vision"}
+PRESETS = {
+    "phi3": "tiny-phi-3.5-mini",
+    "phi3small": "tiny-phi-3-small-8k",
+    "phimoe": "tiny-phi-3.5-moe",
+    "phi3_v": "tiny-phi-3.5-vision",
+}
 IDS = torch.tensor([[5, 9, 4, 17, 3, 8, 30], [7, 1, 6, 2, 11, 12, 13]])
 
 
@@ -34,8 +39,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp(request.param)
     model = phi35.create(PRESETS[request.param], seed=3)
     with torch.no_grad():
+        tied = model.config.tie_word_embeddings  # then the last token tends to be the likeliest next one
         for parameter in model.parameters():
-            parameter.mul_(3.0)  # so that the likeliest next token differs from step to step
+            parameter.mul_(10.0 if tied else 3.0)  # so that the likeliest next token differs from step to step
     phi35.save(model, None, path)
     return path
 

@@ -140,6 +140,16 @@ def test_the_vocabulary_can_be_resized(size: int, tied: bool, tmp_path: Path) ->
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, after)
 
 
+def test_a_resized_vocabulary_keeps_factor_divisor_and_masked_ids() -> None:
+    model = wrapped("tiny-phi-3-small-8k")
+    with torch.no_grad():
+        before = model(IDS).logits
+        model.resize_token_embeddings(1100)
+        after = model(IDS).logits
+    assert torch.allclose(after[..., :1088], before, atol=1e-5) and before[..., :1064].std() > 0.01
+    assert model.get_input_embeddings().factor == 10 and (after[..., 1064:1088] == after.min()).all()
+
+
 def test_embedding_and_head_can_be_tied_and_untied() -> None:
     model = wrapped(PRESETS["phi3"])
     untied = model(IDS).logits
