@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from phi35.training.slurm import place_in_step
+
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -57,7 +59,7 @@ class Environment:
 
 
 def start(device: str | None = None, timeout_seconds: float = 1800.0) -> Environment:
-    """Joins the process group, as rank of a launcher or as the only process.
+    """Joins the process group, as rank of a launcher (``deepspeed``, torchrun, srun) or as the only process.
 
     Nothing is compiled: DeepSpeed's shared-memory collectives for the CPU, which it would build on first use, are
     declared unavailable, and gloo does their work.
@@ -69,6 +71,8 @@ def start(device: str | None = None, timeout_seconds: float = 1800.0) -> Environ
     Raises:
         ValueError: if only some of the launcher's variables are set, or there is no CUDA device to be had.
     """
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        os.environ.update(place_in_step(os.environ))
     present = [name for name in LAUNCHER_VARIABLES if name in os.environ]
     launched = "RANK" in present or "WORLD_SIZE" in present
     if launched and len(present) < len(LAUNCHER_VARIABLES) and not distributed.is_initialized():
@@ -87,8 +91,13 @@ def start(device: str | None = None, timeout_seconds: float = 1800.0) -> Environ
     device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     deepspeed = _import_deepspeed()
-    chosen = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+    chosen = (
+        torch.device("cpu")
+        if device_type == "cpu"
+        else torch.device("cuda", _gpu_index(local_rank, torch.cuda.device_count()))
+    )
     if device_type == "cuda":
+        os.environ["LOCAL_RANK"] = str(chosen.index)  # where DeepSpeed looks for it
         # Segments that grow leave no holes where activations of changing sizes come and go.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(chosen)
@@ -111,6 +120,18 @@ def stop() -> None:
     if os.environ.get("WORLD_SIZE") == "1":
         for name in LAUNCHER_VARIABLES:
             os.environ.pop(name, None)
+
+
+def _gpu_index(local_rank: int, count: int) -> int:
+    """Of this process's GPU among those it sees: all of the machine's, or its own alone, as under srun."""
+    if count == 1:
+        return 0
+    if local_rank >= count:
+        raise ValueError(
+            f"process {local_rank} of this machine sees {count} GPUs: start one process per GPU, and let each see all "
+            "of them or its own alone"
+        )
+    return local_rank
 
 
 def _import_deepspeed() -> Any:

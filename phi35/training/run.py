@@ -22,6 +22,7 @@ from phi35.training.optimizers import check_optimizer
 from phi35.training.random_state import seed_everything
 from phi35.training.reporting import open_metrics
 from phi35.training.sequence import check_heads
+from phi35.training.shared_folder import check_shared
 from phi35.training.trackers import choose_trackers
 
 
@@ -78,6 +79,7 @@ def train(
     check_heads(config, model_config)
     check_evaluation(config, model_config)
     folder = Path(config.output_dir)
+    check_shared(folder, place)
     reader = checkpoint.open_newest(folder / "checkpoints", place) if config.resume else None
     if reader is not None:
         _check_resumable(reader, config, model_config)
@@ -111,11 +113,10 @@ def train(
 
 
 def _open_output(folder: Path, config: TrainingConfig, place: Environment) -> None:
-    """Makes the run's folder and describes the run there; every rank learns where that is impossible."""
+    """Describes the run in its folder; every rank learns where that is impossible."""
     problem = None
     if place.is_main:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             describe_run(folder, config, place)
         except OSError as error:
             problem = f"output_dir {config.output_dir!r} cannot be written ({error}); give another"
