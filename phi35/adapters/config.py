@@ -1,6 +1,7 @@
 """What an adapter is and where it sits, in the family's own terms."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,32 +105,27 @@ def _is_number(value: Any) -> bool:
 
 
 def linear_names(model: nn.Module, places: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers at some places, those alone whose results the model uses.
+    """What names the linear layers at some places, as PEFT matches them: ends of names, or whole names.
+
+    Layers of a tower that no feature depends on are left out.
 
     Args:
-        model: a ``CausalLM``, or what wraps one.
+        model: a ``CausalLM`` on any device, or what wraps one.
         places: some of ``TARGETS``.
     """
-    ends = {
-        "attention": (".self_attn.qkv_proj", ".self_attn.o_proj"),
-        "feed_forward": (
-            ".mlp.gate_up_proj",
-            ".mlp.down_proj",
-            ".shared_expert.gate_up_proj",
-            ".shared_expert.down_proj",
-        ),
-    }
-    found = []
+    found = ["qkv_proj", "o_proj"] if "attention" in places else []
+    found += ["gate_up_proj", "down_proj"] if "feed_forward" in places else []
     for name, module in model.named_modules():
-        if not hasattr(module, "in_features"):
-            continue
-        wanted = any(name.endswith(ends.get(place, ())) for place in places)
-        if ".vision_embed_tokens." in name:
+        if ".vision_embed_tokens." in name and hasattr(module, "in_features"):
             place = "tower" if ".img_processor." in name else "projector"
-            wanted = place in places and not _is_unused(model, name)
-        if wanted:
-            found.append(name)
+            if place in places and not _is_unused(model, name):
+                found.append(name)
     return found
+
+
+def is_targeted(parameter: str, targets: Iterable[str]) -> bool:
+    """Whether ``target_parameters`` of a ``LoraConfig`` name a parameter: by its whole name or by an end of it."""
+    return any(parameter == target or parameter.endswith(f".{target}") for target in targets)
 
 
 def expert_names(model: nn.Module) -> list[str]:

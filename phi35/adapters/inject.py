@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from phi35.adapters.config import EXPERT_PARAMETERS, ROUTER_PARAMETER, AdapterConfig, expert_names, linear_names
+from phi35.adapters.config import (
+    EXPERT_PARAMETERS,
+    ROUTER_PARAMETER,
+    AdapterConfig,
+    expert_names,
+    is_targeted,
+    linear_names,
+)
 from phi35.config import ModelConfig
 from phi35.training.parameter_groups import part_of
 
@@ -36,22 +43,31 @@ def add_adapter(model: Any, config: AdapterConfig, seed: int | None = None) -> A
     Raises:
         ValueError: if the model lacks a place that is asked for, or has an adapter already.
     """
+    with _seeded(seed):
+        return inject(model, lora_config_of(config, model))
+
+
+def lora_config_of(config: AdapterConfig, model: Any) -> Any:
+    """The ``peft.LoraConfig`` of an adapter for a model, which may be on the meta device.
+
+    Raises:
+        ValueError: if the model lacks a place that is asked for.
+    """
     from peft import LoraConfig
 
     inner = getattr(model, "causal_lm", model)
     places = config.resolve(inner.config)
-    lora_config = LoraConfig(
+    alpha = float(config.alpha)
+    return LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT computes with it alone
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]  # PEFT computes with it
         lora_dropout=config.dropout,
         use_dora=config.dora,
         use_rslora=config.rslora,
-        target_modules=linear_names(model, places),
+        target_modules=linear_names(inner, places),
         target_parameters=_parameters(places),
         task_type="CAUSAL_LM",
     )
-    with _seeded(seed):
-        return inject(model, lora_config)
 
 
 def inject(model: Any, lora_config: Any, adapter_name: str = ADAPTER) -> Any:
@@ -67,17 +83,19 @@ def inject(model: Any, lora_config: Any, adapter_name: str = ADAPTER) -> Any:
 
     if adapter_name in getattr(model, "peft_config", {}):
         raise ValueError(f"the model has an adapter {adapter_name!r} already: merge it or load the model anew")
-    wanted = list(lora_config.target_parameters or ())
-    few_bits = [name for name in expert_names(model) if hasattr(model.get_submodule(name), "held")]
-    in_few_bits = [name for name in EXPERT_PARAMETERS if few_bits and f"mlp.experts.{name}" in wanted]
-    left = [name for name in wanted if name.rpartition(".")[2] not in in_few_bits]
-    modules = lora_config.target_modules
+    wanted, modules = list(lora_config.target_parameters or ()), lora_config.target_modules
+    # Experts in few bits have no parameters for PEFT to find.
+    apart: dict[str, list[str]] = {}
+    for name in expert_names(model):
+        if hasattr(model.get_submodule(name), "held"):
+            apart[name] = [one for one in EXPERT_PARAMETERS if is_targeted(f"{name}.{one}", wanted)]
+    left = [one for one in wanted if not (apart and one.rpartition(".")[2] in EXPERT_PARAMETERS)]
     lora_config.target_parameters = left or None
     if not left and not modules:
         lora_config.target_modules = DUMMY_TARGET_MODULES
     inject_adapter_in_model(register(lora_config), model, adapter_name)
-    for name in few_bits:
-        _wrap_few_bits(model, name, in_few_bits, lora_config, adapter_name)
+    for name, parameters in apart.items():
+        _wrap_few_bits(model, name, parameters, lora_config, adapter_name)
     if lora_config.target_modules == DUMMY_TARGET_MODULES:
         lora_config.target_modules = modules
     lora_config.target_parameters = wanted or None

@@ -1,0 +1,74 @@
+"""The low-rank path and restored weights on a GPU, against the CPU in float64."""
+
+import pytest
+import torch
+
+from moe.low_rank import LowRank, adapted_experts
+from phi35.quantization.codes import dequantize, round_to_nearest
+from phi35.quantization.config import WeightFormat
+from phi35.quantization.linear import quantized_linear, restored
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+FORMATS = [
+    WeightFormat(),
+    WeightFormat(symmetric=False, group_size=32),
+    WeightFormat(bits=8),
+    WeightFormat(type="float", bits=8),
+]
+
+
+@pytest.mark.parametrize("one", FORMATS, ids=lambda one: one.label)
+def test_a_stack_is_restored_as_on_the_cpu(one: WeightFormat) -> None:
+    weight = torch.randn(3, 64, 256, generator=torch.Generator().manual_seed(0))
+    held = round_to_nearest(weight, one, torch.bfloat16)
+    moved = type(held).of(one, {suffix: tensor.cuda() for suffix, tensor in held.tensors().items()})
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(restored(moved, dtype).cpu(), dequantize(held, dtype))
+    inputs = torch.randn(100, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    quantized_linear(inputs, moved.part(1)).sum().backward()
+    expected = dequantize(held.part(1), torch.float64).sum(dim=0).expand(100, -1)
+    assert inputs.grad is not None
+    # bfloat16 gradients of a sum of 64 weights.
+    assert (inputs.grad.cpu().double() - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("few_bits", [False, True])
+def test_experts_with_additions_follow_the_cpu(few_bits: bool, rank: int) -> None:
+    draw = torch.Generator().manual_seed(1)
+    tokens, experts, width, inner = 300, 8, 256, 384
+    hidden, weights = torch.randn(tokens, width, generator=draw), torch.rand(tokens, 2, generator=draw)
+    indices = torch.rand(tokens, experts - 1, generator=draw).topk(2, dim=1).indices
+    plain = [
+        torch.randn(*shape, generator=draw) * 0.05 for shape in ((experts, 2 * inner, width), (experts, width, inner))
+    ]
+    factors = [
+        torch.randn(*shape, generator=draw) * 0.05
+        for shape in (
+            (experts, rank, width),
+            (experts, 2 * inner, rank),
+            (experts, rank, inner),
+            (experts, width, rank),
+        )
+    ]
+    held = [round_to_nearest(one, WeightFormat(group_size=32), torch.bfloat16) for one in plain] if few_bits else plain
+    results = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float64)):
+        leaves = [one.to(torch.bfloat16).to(device, dtype).requires_grad_() for one in (hidden, *factors)]
+        first, second = LowRank(leaves[1], leaves[2], 2.0), LowRank(leaves[3], leaves[4], 2.0)
+        if few_bits:
+            base = [
+                type(one).of(one.format, {key: part.to(device) for key, part in one.tensors().items()}) for one in held
+            ]
+        else:
+            base = [one.to(torch.bfloat16).to(device, dtype) for one in plain]
+        given = (leaves[0], indices.to(device), weights.to(device))
+        out = adapted_experts(*given, *base, "silu", [first], [second])
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+        grads = torch.autograd.grad(out, leaves, upstream.to(device, dtype))
+        results.append([one.detach().cpu().double() for one in (out, *grads)])
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() <= 3e-2 * want.abs().max()
