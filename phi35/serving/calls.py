@@ -104,7 +104,7 @@ class Call:
         if last.finish_reason is not None:
             self.service.metrics.ends.labels(last.finish_reason).inc()
         if last.finish_reason == "error":
-            raise ApiError(500, last.error or "the answer could not be finished", "answer_failed")
+            raise invalid(last.error or "the answer's form could not be kept", code="form_not_kept")
         return self.answers[index].feed(events)
 
     async def _check_form(self, spec: GrammarSpec) -> None:

@@ -130,9 +130,12 @@ class PromptBuilder:
         if len(text) * 3 // 4 > self.settings.max_image_bytes + 2:
             raise _too_large(self.settings.max_image_bytes)
         try:
-            return base64.b64decode(text, validate=True)
+            content = base64.b64decode(text, validate=True)
         except binascii.Error as error:
             raise ValueError(f"a picture's data URL is not valid base64: {error}") from None
+        if len(content) > self.settings.max_image_bytes:
+            raise _too_large(self.settings.max_image_bytes)
+        return content
 
     def _chat(self, call: ChatRequest, pictures: dict[int, bytes]) -> Prompt:
         messages, limits = [], []

@@ -128,7 +128,7 @@ class Generation(Strict):
         options: dict[str, Any] = {
             "temperature": self.temperature,
             "repetition_penalty": self.repetition_penalty,
-            "stop": self.stop or (),
+            "stop": () if self.stop is None else self.stop,
             "stop_token_ids": (stop_ids or ()) if self.ignore_eos else stop_ids,
         }
         # Clients send top_p=1 and the like with greedy calls, where filters have no effect.
