@@ -17,10 +17,12 @@ from moe.kernels import decode_step
 from moe.layer import SparseMoE
 from phi35 import presets
 from phi35.generation.batcher import Batcher
+from phi35.generation.captured_feed import CapturedFeed
 from phi35.generation.constraints import as_mask
 from phi35.generation.decoding import Decoding
 from phi35.generation.fast_step import DecodeStep
-from phi35.generation.sampling import SamplingOptions, next_tokens, row_generators
+from phi35.generation.sampling import Draws, SamplingOptions, next_tokens, row_generators
+from phi35.generation.speculation import SpeculativeSteps
 from phi35.kernels import attention, batched, reference, sampling, vector
 from phi35.kernels.attention import AttentionScratch
 from phi35.kernels.configs import AttentionConfig, VectorConfig
@@ -301,7 +303,39 @@ def step_case(name: str, batch: int, kind: str | None = None, **changes: object)
     return {"logits": worst, "wrong": float(wrong)}
 
 
+def drafts_case() -> dict[str, float]:
+    """Two rows with drafts through the steps over pages, kernels and device choice included, no graph.
+
+    One row's drafts are right, the other's wrong.
+    """
+    changes = {"num_hidden_layers": 1, "initializer_range": 0.06}
+    model = phi35.create("tiny-phi-3.5-mini", seed=0, **FEW_TOKENS, **changes)
+    ids = torch.tensor([[7, 8, 9, 7, 8], [3, 4, 5, 6, 5]])
+    options = {"max_new_tokens": 3, "stop_token_ids": (), "return_logprobs": True}
+    options |= {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.5}
+    ways = [
+        Decoding(model, ids, speculation="prompt_lookup", num_draft_tokens=1, **options),
+        Decoding(model, ids, fast=False, **options),
+    ]
+    steps = SpeculativeSteps(model, ways[0].options, ways[0]._active, [None, None], plain="forward")
+    draws = [Draws(row.generator) for row in ways[0].rows]
+    steps.feed = CapturedFeed(model, ways[0].options, ways[0].rows, draws, 2)
+    ways[0]._steps = steps
+    error, wrong = 0.0, 0
+    for way in reversed(ways):
+        text = ways[1].new_ids(0)
+        steps._drafter.propose = lambda counts, t=text: [t[1:2] if n else [] for n in counts]  # type: ignore[method-assign]
+        while not way.done:
+            way.step()
+    for row in range(2):
+        wrong += ways[0].new_ids(row) != ways[1].new_ids(row)
+        pairs = zip(ways[0].logprobs(row), ways[1].logprobs(row), strict=True)
+        error = max([error, *(abs(a - b) for a, b in pairs)])
+    return {"wrong": float(wrong), "logits": error, "taken": float(steps.statistics.accepted)}
+
+
 if __name__ == "__main__":
+    DecodeStep.capture = lambda step: None  # type: ignore[method-assign]  # the interpreter has no graphs
     torch.set_num_threads(1)
     half, single = torch.float16, torch.float32
     report = {
@@ -328,6 +362,7 @@ if __name__ == "__main__":
         ),
         "batched_step": step_case("tiny-phi-3.5-mini", 3),
         "batcher": batcher_case(),
+        "drafts": drafts_case(),
     }
     report |= {f"choose {name}": sampling_case(changes, name in ("all", "top_p")) for name, changes in SAMPLING.items()}
     report |= {
