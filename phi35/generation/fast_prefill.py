@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from phi35.block_sparse import BlockSparsePlan, attend_block_sparse, block_pattern, plan_sequence
 from phi35.cache import KVCache
+from phi35.generation.fast_step import needs_modules
 from phi35.kernels import reference
 from phi35.kernels.operands import LayerCache, Rope, norm_of
-from phi35.kernels.operations import BatchOperations, PlainOperations
+from phi35.kernels.operations import BatchOperations, ModuleOperations, PlainOperations
 from phi35.kernels.reference import normed
 from phi35.kernels.tuning import DEFAULT
 from phi35.packed_attention import attend_packed, packed_rows
@@ -119,7 +121,10 @@ class PromptPass:
         else:
             from phi35.kernels.batched import rotate_prompt
 
-            self.operations, self.rotate = BatchOperations(act, window, cache.layer(0), heads, DEFAULT), rotate_prompt
+            make = ModuleOperations if needs_modules(self.config) else BatchOperations
+            self.operations, self.rotate = make(act, window, cache.layer(0), heads, DEFAULT), rotate_prompt
+        self._pattern = block_pattern(self.config)
+        self._plans: dict[tuple[int, int, int], BlockSparsePlan] = {}
 
     @torch.no_grad()
     def run(self, chunk: list[Segment]) -> torch.Tensor:
@@ -130,6 +135,7 @@ class PromptPass:
         with sdpa_kernel(_BACKENDS, set_priority=True):
             for number, layer in enumerate(decoder.layers):
                 self._layer(number, layer, hidden, tokens, chunk)
+        self._plans.clear()
         return hidden
 
     def _layer(
@@ -144,7 +150,7 @@ class PromptPass:
         ops, cache = self.operations, self.cache.layer(number)
         projected = layer.self_attn.qkv_proj(normed(hidden, norm_of(layer.input_layernorm)))
         self.rotate(projected, self.rope, *tokens, cache, self.config.num_attention_heads)
-        attended = self._attend(projected, cache, chunk)
+        attended = self._attend(projected, cache, chunk, layer.self_attn)
         del projected
         ops.project_add(attended, layer.self_attn.o_proj, hidden)
         feed_forward = ops.sparse if self.config.is_sparse_layer(number) else ops.dense
@@ -183,7 +189,7 @@ class PromptPass:
         positions, places, use_long = torch.cat(rows, dim=1).to(device).unbind()
         return positions, places, use_long
 
-    def _attend(self, projected: torch.Tensor, cache: LayerCache, chunk: list[Segment]) -> torch.Tensor:
+    def _attend(self, projected: torch.Tensor, cache: LayerCache, chunk: list[Segment], attention: Any) -> torch.Tensor:
         """(N, H d) attention of every token over its prompt up to itself."""
         head_dim, num_heads = cache.head_dim, self.config.num_attention_heads
         heads = projected.view(len(projected), -1, head_dim)
@@ -195,26 +201,52 @@ class PromptPass:
                 start, end = end, end + segment.length
                 if begun:
                     past = cache.read(self.prompts[segment.prompt].place, segment.start + segment.length)
-                    parts.append(_over_cache(heads[start:end, :num_heads], *past, self.config.sliding_window))
+                    plan = self._plan(attention, segment.start, segment.length)
+                    form = self.config.sliding_window, attention.scale, plan
+                    parts.append(_over_cache(heads[start:end, :num_heads], *past, *form))
                 lengths.append(segment.length)
             if not begun:
                 fresh = heads[end - sum(lengths) : end].split(split, dim=1)
                 query, key, value = (part.transpose(0, 1)[None] for part in fresh)
-                parts.append(self._fresh(query, key, value, lengths))
+                parts.append(self._fresh(query, key, value, lengths, attention))
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1)
 
+    def _plan(self, attention: Any, start: int, length: int) -> BlockSparsePlan | None:
+        """What tokens [start, start + length) of a prompt see of it in a layer; None for all before them."""
+        pattern, end = self._pattern, start + length
+        if pattern is None or not attention.is_block_sparse or end <= pattern.dense_length:
+            return None
+        key = start, length, end
+        if key not in self._plans:
+            heads = 0, self.config.num_attention_heads
+            self._plans[key] = plan_sequence(pattern, heads, start, length, end, self.cache.keys[0].device)
+        return self._plans[key]
+
     def _fresh(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: list[int]
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: list[int], attention: Any
     ) -> torch.Tensor:
         """(n, H, d) causal attention within prompts that begin here; queries (1, H, n, d)."""
-        window = self.config.sliding_window
+        window, scale = self.config.sliding_window, attention.scale
+        if any(self._plan(attention, 0, length) is not None for length in lengths):
+            pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (queries, keys, values)), strict=True)
+            attended = torch.cat([self._one(*piece, attention) for piece in pieces], dim=2)
+            return attended[0].transpose(0, 1)
         if len(lengths) == 1 and (window is None or lengths[0] <= window):
             gqa = keys.shape[1] != queries.shape[1]
-            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=gqa)
+            attended = F.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, scale=scale, enable_gqa=gqa
+            )
         else:
             rows = packed_rows(torch.tensor([lengths]), 1, queries.shape[2], queries.device)
-            attended = attend_packed(queries, keys, values, rows, window)
+            attended = attend_packed(queries, keys, values, rows, window, scale=scale)
         return attended[0].transpose(0, 1)
+
+    def _one(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Any) -> torch.Tensor:
+        """(1, H, n, d) of one prompt that begins here, in a block-sparse layer."""
+        plan, gqa = self._plan(attention, 0, query.shape[2]), key.shape[1] != query.shape[1]
+        if plan is not None:
+            return attend_block_sparse(query, key, value, plan, attention.scale)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=attention.scale, enable_gqa=gqa)
 
 
 _BACKENDS = [
@@ -225,10 +257,19 @@ _BACKENDS = [
 ]
 
 
-def _over_cache(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> torch.Tensor:
+def _over_cache(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: int | None,
+    scale: float | None,
+    plan: BlockSparsePlan | None,
+) -> torch.Tensor:
     """(T, H, d) attention of a chunk's queries (T, H, d) over n cached keys (1, K, n, d), the chunk's own the last."""
     length, total = queries.shape[0], keys.shape[2]
     queries = queries.transpose(0, 1)[None]
+    if plan is not None:
+        return attend_block_sparse(queries, keys, values, plan, scale)[0].transpose(0, 1)
     gqa = keys.shape[1] != queries.shape[1]
     if queries.device.type == "cuda" and (window is None or total <= window):
         bias: Any = causal_lower_right(length, total)
@@ -238,5 +279,5 @@ def _over_cache(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
         bias = slots <= last
         if window is not None:
             bias = bias & (slots > last - window)
-    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=gqa)
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale, enable_gqa=gqa)
     return attended[0].transpose(0, 1)

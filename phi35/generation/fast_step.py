@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from phi35.attention import Attention
+from phi35.block_sparse import block_pattern
 from phi35.cache import KVCache
-from phi35.kernels import availability
+from phi35.config import ModelConfig
+from phi35.kernels import availability, reference
 from phi35.kernels.operands import Rope, StepState, norm_of
-from phi35.kernels.operations import BatchOperations, PlainOperations, VectorOperations
+from phi35.kernels.operations import BatchOperations, ModuleOperations, PlainOperations, VectorOperations
 from phi35.kernels.tuning import DEFAULT, StepTuning
 from phi35.norm import LayerNorm, RMSNorm
 from phi35.registry import resolve
@@ -67,6 +69,7 @@ class DecodeStep:
         self.logits = torch.zeros(batch, self.config.vocab_size, dtype=torch.float32, device=device)
         self.rope = Rope(*model.model.rope.tables(device))
         self.operations = self._operations(tuning, pdl, plain)
+        self._pattern = block_pattern(self.config)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._weights = fingerprint(model)
 
@@ -93,7 +96,11 @@ class DecodeStep:
             attention, cache = layer.self_attn, self.cache.layer(number)
             norm = norm_of(layer.input_layernorm)
             ops.project_qkv(self.hidden, norm, attention.qkv_proj, self.rope, state, self.query, cache)
-            ops.attend(self.query, cache, state, self.attended, (attention.o_proj, layer.mlp))
+            if attention.scale is None and not attention.is_block_sparse:
+                ops.attend(self.query, cache, state, self.attended, (attention.o_proj, layer.mlp))
+            else:
+                form = attention.scale, self._pattern if attention.is_block_sparse else None
+                reference.attend(self.query, cache, state.lengths, self.attended, self.config.sliding_window, *form)
             ops.project_add(self.attended, attention.o_proj, self.hidden)
             feed_forward = ops.sparse if self.config.is_sparse_layer(number) else ops.dense
             feed_forward(self.hidden, norm_of(layer.post_attention_layernorm), layer.mlp)
@@ -148,6 +155,8 @@ class DecodeStep:
         if plain:
             return PlainOperations(act, window)
         cache, heads = self.cache.layer(0), self.config.num_attention_heads
+        if needs_modules(self.config):
+            return ModuleOperations(act, window, cache, heads, tuning)
         if self.cache.batch_size > 1:
             return BatchOperations(act, window, cache, heads, tuning)
         pdl = availability.has_programmatic_launch(self.model.device) if pdl is None else pdl
@@ -155,6 +164,16 @@ class DecodeStep:
             make = resolve("phi35.quantization.kernels.operations:FewBitOperations")
             return make(act, window, cache, heads, tuning, pdl)
         return VectorOperations(act, window, cache, heads, tuning, pdl)
+
+
+def needs_modules(config: ModelConfig) -> bool:
+    """Whether the kernels of a step do not know a model's feed-forward or head, so that those run as modules."""
+    return (
+        config.hidden_act == "gegelu"
+        or config.mlp_bias
+        or config.mup_width_multiplier != 1
+        or bool(config.dummy_token_indices)
+    )
 
 
 def limit(model: Any, kv_cache_dtype: str | None = None) -> str | None:

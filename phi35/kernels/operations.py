@@ -149,6 +149,14 @@ class BatchOperations(PlainOperations):
         self._sampling.choose(logits, state, self.pdl)
 
 
+class ModuleOperations(BatchOperations):
+    """A batch on CUDA of a model whose feed-forward or head the kernels do not know: those run as their modules do."""
+
+    def dense(self, hidden: torch.Tensor, norm: Norm, mlp: Any) -> None:
+        """See ``PlainOperations``."""
+        PlainOperations.dense(self, hidden, norm, mlp)
+
+
 class VectorOperations(BatchOperations):
     """One token on CUDA: plain weights by kernels, each launched while its predecessor still runs."""
 

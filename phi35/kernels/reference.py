@@ -6,6 +6,7 @@ What the kernels are tested against, and the step itself where they cannot run.
 import torch
 from torch.nn import functional as F
 
+from phi35.block_sparse import BlockPattern
 from phi35.feed_forward import ACTIVATIONS
 from phi35.kernels.operands import LayerCache, Norm, Rope, StepState
 from phi35.rope import apply_rotary
@@ -56,9 +57,15 @@ def project_qkv(
 
 
 def attend(
-    query: torch.Tensor, cache: LayerCache, lengths: torch.Tensor, out: torch.Tensor, sliding_window: int | None
+    query: torch.Tensor,
+    cache: LayerCache,
+    lengths: torch.Tensor,
+    out: torch.Tensor,
+    sliding_window: int | None,
+    scale: float | None = None,
+    pattern: BlockPattern | None = None,
 ) -> None:
-    """See ``phi35.kernels.attention.attend``."""
+    """See ``phi35.kernels.attention.attend``; here with any factor on the products, and block-sparse with a pattern."""
     batch, num_slots = query.shape[0], cache.num_slots
     keys, values = cache.read(slice(0, batch), num_slots)
     places = torch.arange(num_slots, device=query.device)
@@ -67,8 +74,12 @@ def attend(
     if sliding_window is not None:
         mask = mask & (places > last - sliding_window)
     queries = query.view(batch, -1, 1, cache.head_dim)
+    mask = mask[:, None, None, :]
+    if pattern is not None:
+        heads = torch.arange(queries.shape[1], device=query.device)[:, None, None]
+        mask = mask & pattern.sees(heads, last[:, None, None, :], places)
     attended = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask[:, None, None, :], enable_gqa=queries.shape[1] != cache.num_kv
+        queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=queries.shape[1] != cache.num_kv
     )
     out.copy_(attended.reshape(batch, -1))
 
