@@ -202,8 +202,8 @@ class PromptPass:
                 if begun:
                     past = cache.read(self.prompts[segment.prompt].place, segment.start + segment.length)
                     plan = self._plan(attention, segment.start, segment.length)
-                    form = self.config.sliding_window, attention.scale, plan
-                    parts.append(_over_cache(heads[start:end, :num_heads], *past, *form))
+                    window = self.config.sliding_window
+                    parts.append(_over_cache(heads[start:end, :num_heads], *past, window, attention.scale, plan))
                 lengths.append(segment.length)
             if not begun:
                 fresh = heads[end - sum(lengths) : end].split(split, dim=1)
@@ -228,7 +228,7 @@ class PromptPass:
         """(n, H, d) causal attention within prompts that begin here; queries (1, H, n, d)."""
         window, scale = self.config.sliding_window, attention.scale
         if any(self._plan(attention, 0, length) is not None for length in lengths):
-            pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (queries, keys, values)), strict=True)
+            pieces = zip(queries.split(lengths, 2), keys.split(lengths, 2), values.split(lengths, 2), strict=True)
             attended = torch.cat([self._one(*piece, attention) for piece in pieces], dim=2)
             return attended[0].transpose(0, 1)
         if len(lengths) == 1 and (window is None or lengths[0] <= window):
