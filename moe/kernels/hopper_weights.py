@@ -22,10 +22,12 @@ def rows_by_rows(
     plan: RoutingPlan,
     config: HopperConfig,
     out: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Per expert, the sum over its rows of left^T right: (P, M), (P, C) -> (E, M, C), in ``out`` where given.
 
-    ``out`` may be a strip of a wider tensor's columns. An expert without rows gets zeros.
+    ``out`` may be a strip of a wider tensor's columns. An expert without rows gets zeros. ``squares``
+    (``num_squares(...)``,) float32 is overwritten with partial sums of the squares of all elements.
     """
     num_experts = plan.counts.shape[0]
     height, columns = left.shape[1], right.shape[1]
@@ -38,9 +40,11 @@ def rows_by_rows(
         descriptor(out.flatten(0, 1), HALF_ROWS, config.block_n),
         plan.starts,
         plan.counts,
+        plan.counts if squares is None else squares,
         num_experts,
         height,
         columns,
+        SQUARES=squares is not None,
         PROGRAMS=programs,
         BLOCK_N=config.block_n,
         STAGES=config.num_stages,
@@ -48,6 +52,11 @@ def rows_by_rows(
         num_warps=4,
     )
     return out
+
+
+def num_squares(num_experts: int, height: int, columns: int, config: HopperConfig) -> int:
+    """Partial sums that ``rows_by_rows`` can leave: one for each row of each tile."""
+    return num_experts * -(-height // (2 * HALF_ROWS)) * -(-columns // config.block_n) * 2 * HALF_ROWS
 
 
 @gluon.jit
@@ -112,10 +121,12 @@ def _weights_consumer(  # type: ignore[no-untyped-def]
     staging,
     out,
     counts,
+    squares,
     num_experts,
     height,
     columns,
     SECOND: gl.constexpr,
+    SQUARES: gl.constexpr,
     PROGRAMS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -149,6 +160,10 @@ def _weights_consumer(  # type: ignore[no-untyped-def]
         # Whole halves only: the height is a multiple of HALF, and a half past it belongs to the next expert.
         if row < height:
             store_tile(total, staging, out, expert * height + row, tile_n * BLOCK_N)
+        if SQUARES:
+            # A row lies in four threads of one warp: no shared memory is needed. Rows past the height are zero.
+            places = (work * 2 + SECOND) * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+            gl.store(squares + places, gl.sum(total * total, axis=1))
     tma.store_wait(0)
 
 
@@ -159,9 +174,11 @@ def _rows_by_rows_kernel(  # type: ignore[no-untyped-def]
     out,
     starts,
     counts,
+    squares,
     num_experts,
     height,
     columns,
+    SQUARES: gl.constexpr,
     PROGRAMS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -192,10 +209,12 @@ def _rows_by_rows_kernel(  # type: ignore[no-untyped-def]
                     staging0,
                     out,
                     counts,
+                    squares,
                     num_experts,
                     height,
                     columns,
                     0,
+                    SQUARES,
                     PROGRAMS,
                     BLOCK_N,
                     STAGES,
@@ -212,10 +231,12 @@ def _rows_by_rows_kernel(  # type: ignore[no-untyped-def]
                     staging1,
                     out,
                     counts,
+                    squares,
                     num_experts,
                     height,
                     columns,
                     1,
+                    SQUARES,
                     PROGRAMS,
                     BLOCK_N,
                     STAGES,

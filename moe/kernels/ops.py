@@ -15,6 +15,7 @@ import torch
 from moe.kernels import decode, grouped_gemm, rows, tuning
 from moe.kernels.hopper_config import HopperConfig
 from moe.kernels.routing import RoutingPlan, padded_rows, plan_routing, plan_size
+from phi35 import gradient_squares
 
 _ALIGN = grouped_gemm.HALF_ROWS
 STRIP = 1024
@@ -99,12 +100,18 @@ def experts_up_backward(
     hidden_act: str,
     input_wanted: bool,
     weights_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of ``experts_up`` to hidden_states and gate_up_proj; one that is not wanted is empty."""
+    squares_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of ``experts_up`` to hidden_states and gate_up_proj; one that is not wanted is empty.
+
+    The third result holds partial sums of the squares of gate_up_proj's gradient, if they are wanted and its kernel
+    can leave them; else it is empty.
+    """
     num_experts, double, hidden_size = gate_up_proj.shape
     plan = RoutingPlan.view(plan_buffer, hidden_states.shape[0] * top_k, num_experts, _ALIGN)
     how = tuning.choose(gate_up_grad.dtype, gate_up_grad.device, (hidden_size, double // 2), hidden_act)
     input_grad, weights_grad = gate_up_grad.new_empty(0), gate_up_grad.new_empty(0)
+    squares = gate_up_grad.new_empty(0, dtype=torch.float32)
     # The weights' gradient last: it is the largest, and the rows' gradient is freed by then.
     if input_wanted:
         rows_grad = rows_by_experts(gate_up_grad, gate_up_proj, plan, False, how.up_rows)
@@ -113,12 +120,14 @@ def experts_up_backward(
     if weights_wanted:
         weights_grad = torch.empty_like(gate_up_proj, memory_format=torch.contiguous_format)
         strip = STRIP if plan.num_rows >= _MANY_ROWS else hidden_size
-        for first in range(0, hidden_size, strip):
-            columns = slice(first, first + strip)
-            sorted_rows = rows.gather_rows(hidden_states[:, columns], plan, top_k)
-            rows_by_rows(gate_up_grad, sorted_rows, plan, how.up_weights, weights_grad[..., columns])
+        strips = weights_grad.split(strip, dim=2)
+        sizes = [_num_squares(one, how.up_weights) if squares_wanted else 0 for one in strips]
+        squares = squares.new_empty(sum(sizes))
+        for index, (out, part) in enumerate(zip(strips, squares.split(sizes), strict=True)):
+            sorted_rows = rows.gather_rows(hidden_states[:, index * strip : (index + 1) * strip], plan, top_k)
+            rows_by_rows(gate_up_grad, sorted_rows, plan, how.up_weights, out, part)
             del sorted_rows
-    return input_grad, weights_grad
+    return input_grad, weights_grad, squares
 
 
 @experts_up_backward.register_fake
@@ -131,10 +140,12 @@ def _(
     hidden_act: str,
     input_wanted: bool,
     weights_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    squares_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         gate_up_grad.new_empty(hidden_states.shape if input_wanted else (0,)),
         gate_up_proj.new_empty(gate_up_proj.shape if weights_wanted else (0,)),
+        _squares_of_unknown_number(gate_up_grad, squares_wanted),
     )
 
 
@@ -179,8 +190,12 @@ def experts_down_backward(
     plan_buffer: torch.Tensor,
     hidden_act: str,
     weights_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of ``experts_down`` to gate_up, expert_weights (float32) and down_proj (empty if not wanted)."""
+    squares_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of ``experts_down`` to gate_up, expert_weights (float32) and down_proj (empty if not wanted).
+
+    The last result is as of ``experts_up_backward``, of down_proj's gradient.
+    """
     num_experts, hidden_size, width = down_proj.shape
     how = tuning.choose(grad.dtype, grad.device, (hidden_size, width), hidden_act)
     plan = RoutingPlan.view(plan_buffer, expert_weights.numel(), num_experts, _ALIGN)
@@ -190,8 +205,12 @@ def experts_down_backward(
         acted_grad, gate_up, plan, expert_weights, hidden_act
     )
     if not weights_wanted:
-        return gate_up_grad, expert_weights_grad, grad.new_empty(0)
-    return gate_up_grad, expert_weights_grad, rows_by_rows(upstream, acted, plan, how.down_weights)
+        return gate_up_grad, expert_weights_grad, grad.new_empty(0), grad.new_empty(0, dtype=torch.float32)
+    weights_grad = torch.empty_like(down_proj, memory_format=torch.contiguous_format)
+    size = _num_squares(weights_grad, how.down_weights) if squares_wanted else 0
+    squares = grad.new_empty(size, dtype=torch.float32)
+    rows_by_rows(upstream, acted, plan, how.down_weights, weights_grad, squares)
+    return gate_up_grad, expert_weights_grad, weights_grad, squares
 
 
 @experts_down_backward.register_fake
@@ -203,12 +222,21 @@ def _(
     plan_buffer: torch.Tensor,
     hidden_act: str,
     weights_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    squares_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         torch.empty_like(gate_up),
         expert_weights.new_empty(expert_weights.shape, dtype=torch.float32),
         down_proj.new_empty(down_proj.shape if weights_wanted else (0,)),
+        _squares_of_unknown_number(grad, squares_wanted),
     )
+
+
+def _squares_of_unknown_number(like: torch.Tensor, wanted: bool) -> torch.Tensor:
+    """Their number hangs on the kernel that is chosen on the device."""
+    if not wanted:
+        return like.new_empty(0, dtype=torch.float32)
+    return like.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
 
 
 def _up_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -227,9 +255,12 @@ def _up_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | 
     if gate_up_grad is None:
         return (None,) * 5
     input_wanted, _, weights_wanted, *_ = ctx.needs_input_grad
-    input_grad, weights_grad = experts_up_backward(
-        gate_up_grad, *ctx.saved_tensors, ctx.top_k, ctx.hidden_act, input_wanted, weights_wanted
+    saved = ctx.saved_tensors
+    squares_wanted = weights_wanted and gradient_squares.are_wanted(saved[1])
+    input_grad, weights_grad, squares = experts_up_backward(
+        gate_up_grad, *saved, ctx.top_k, ctx.hidden_act, input_wanted, weights_wanted, squares_wanted
     )
+    gradient_squares.offer(saved[1], squares)
     return input_grad if input_wanted else None, None, weights_grad if weights_wanted else None, None, None
 
 
@@ -242,7 +273,11 @@ def _down_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> No
 def _down_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     _, rows_wanted, weights_wanted, down_wanted, *_ = ctx.needs_input_grad
     saved = ctx.saved_tensors  # once: under checkpointing a second look is an error
-    gate_up_grad, weights_grad, down_grad = experts_down_backward(grad, *saved, ctx.hidden_act, down_wanted)
+    squares_wanted = down_wanted and gradient_squares.are_wanted(saved[2])
+    gate_up_grad, weights_grad, down_grad, squares = experts_down_backward(
+        grad, *saved, ctx.hidden_act, down_wanted, squares_wanted
+    )
+    gradient_squares.offer(saved[2], squares)
     return (
         None,
         gate_up_grad if rows_wanted else None,
@@ -293,11 +328,23 @@ def rows_by_rows(
     plan: RoutingPlan,
     config: tuning.ProductConfig,
     out: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Each expert's sum of outer products by the kernel that the config names; ``out`` is allocated where None."""
+    """Each expert's sum of outer products by the kernel that the config names; ``out`` is allocated where None.
+
+    ``squares`` is as ``_num_squares`` says, or empty or None if they are not wanted.
+    """
     if isinstance(config, HopperConfig):
-        return _hopper("hopper_weights").rows_by_rows(left, right, plan, config, out)
+        squares = None if squares is None or len(squares) == 0 else squares
+        return _hopper("hopper_weights").rows_by_rows(left, right, plan, config, out, squares)
     return grouped_gemm.rows_by_rows(left, right, plan, config, out)
+
+
+def _num_squares(weights_grad: torch.Tensor, config: tuning.ProductConfig) -> int:
+    """Partial sums of squares that the kernel of a gradient (E, M, C) leaves; 0 where it leaves none."""
+    if not isinstance(config, HopperConfig):
+        return 0
+    return int(_hopper("hopper_weights").num_squares(*weights_grad.shape, config))
 
 
 def _aligned(weights: torch.Tensor) -> torch.Tensor:

@@ -161,15 +161,14 @@ class Engine:
                     auxiliary[name] = auxiliary.get(name, 0.0) + value.detach() / count
                 if config.zero_stage == 0:
                     objective = objective / world_size  # gradients are added, not averaged
-                    self._norm.watching = len(outputs) == count - 1
+                    if len(outputs) == count - 1:
+                        self._norm.watch()
                 self.deepspeed.backward(poisoned(objective), scale_wrt_gas=False)
             if config.zero_stage == 0 and world_size > 1 and self.deepspeed.is_gradient_accumulation_boundary():
                 sum_gradients(self._trained)
             self.deepspeed.step()
             total = share.detach() if total is None else total + share.detach()
             outputs.append(_detached(output))
-        if config.zero_stage == 0:
-            self._norm.watching = False
         assert total is not None
         norm = self._gradient_norm()
         if self.average is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from phi35 import gradient_squares
 from phi35.fused import uses_kernels
 from phi35.registry import resolve
 
@@ -18,15 +19,12 @@ class GradientNorm:
 
     Args:
         parameters: all that may have gradients; expert-parallel ones carry ``allreduce=False`` and ``group_name``.
-        ahead: sum the squares of a gradient when the backward pass has made it, as far as ``watch`` asks for it. Only
-            where the gradients are not reduced over processes afterwards.
-
-    Attributes:
-        watching: whether a gradient that is accumulated now is the step's last.
+        ahead: sum the squares of a gradient when the backward pass has made it, after ``watch``. Only where the
+            gradients are not reduced over processes afterwards.
     """
 
     def __init__(self, parameters: list[nn.Parameter], ahead: bool) -> None:
-        self.watching = False
+        self._watching = False
         self._parts: dict[nn.Parameter, torch.Tensor] = {}
         self._seen: set[nn.Parameter] = set()
         self._buffer = torch.empty(0)
@@ -36,8 +34,16 @@ class GradientNorm:
     def __call__(self, parameters: list[nn.Parameter]) -> torch.Tensor:
         """The norm, a float32 scalar on the gradients' device; ``parameters``: those with gradients."""
         if self._parts:
+            self._watching = False
             return self._sum_of_parts(parameters).sqrt()
         return global_gradient_norm(parameters)
+
+    def watch(self) -> None:
+        """The next backward pass is the step's last."""
+        self._watching = True
+        for parameter in self._parts:
+            if parameter.grad is None:  # else what is made next is not the whole gradient
+                gradient_squares.ask(parameter)
 
     def _set_up(self, parameters: list[nn.Parameter]) -> None:
         counts = [resolve("phi35.kernels.squares:num_parts")(parameter.numel()) for parameter in parameters]
@@ -50,15 +56,19 @@ class GradientNorm:
 
     def _note(self, parameter: Any) -> None:
         """A gradient was accumulated."""
-        if not self.watching:
+        if not self._watching:
             return
         self._seen.add(parameter)
-        if self._stream is None:
+        squares = gradient_squares.take(parameter)
+        if squares is not None:
+            part = self._parts[parameter].zero_()
+            part[0] = squares
+        elif self._stream is None:
             self._write(parameter)
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._write(parameter)
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._write(parameter)
 
     def _write(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None

@@ -133,15 +133,16 @@ def test_hopper_gated_product(tmp_path: Path, save: bool) -> None:
     assert "setmaxnreg" in kernel.asm["ptx"]
 
 
-def test_hopper_gradient_of_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("squares", [True, False])
+def test_hopper_gradient_of_weights(tmp_path: Path, squares: bool) -> None:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     config = tuning.HOPPER.up_weights
     assert isinstance(config, hopper_gemm.HopperConfig)
     n = config.block_n
     arguments = {"left": swizzled(64, 64), "right": swizzled(64, n), "out": swizzled(64, n)}
-    arguments |= pointers("starts", "counts") | numbers("num_experts", "height", "columns")
-    constants = {"PROGRAMS": 132, "BLOCK_N": n, "STAGES": config.num_stages, "GROUP": config.group}
+    arguments |= pointers("starts", "counts") | numbers("num_experts", "height", "columns") | {"squares": "*fp32"}
+    constants = {"SQUARES": squares, "PROGRAMS": 132, "BLOCK_N": n, "STAGES": config.num_stages, "GROUP": config.group}
     kernel = compiled(hopper_weights._rows_by_rows_kernel, GluonASTSource, arguments, constants, num_warps=4)
     assert_fits(kernel, tmp_path, "wgmma")
 

@@ -5,6 +5,9 @@ import torch
 
 from moe import experts, megablocks_backend
 from moe.kernels import backend
+from moe.layer import SparseMoE
+from phi35 import presets
+from phi35.training.gradient_norm import GradientNorm
 
 pytestmark = pytest.mark.gpu
 
@@ -113,3 +116,25 @@ def test_auto_takes_triton_where_it_runs() -> None:
     assert experts.automatic_backend(values[0], values[2], values[3]) == "triton"
     assert backend.limit(values[0].double(), values[2].double(), values[3].double()) is not None
     assert megablocks_backend.limit(values[0].float(), values[2].float(), values[3].float()) is not None
+
+
+@pytest.mark.parametrize("tokens", [300, 6000])
+def test_the_kernels_leave_the_squares_of_the_gradients_they_make(tokens: int) -> None:
+    """One strip and several; an expert without tokens."""
+    config = presets.get("phi-3.5-moe").replace(num_hidden_layers=1, hidden_size=2048, num_local_experts=4)
+    layer = SparseMoE(config).to("cuda", torch.bfloat16).train()
+    with torch.no_grad():
+        layer.router.weight[3] -= 10 * layer.router.weight.abs().mean()
+    norm = GradientNorm(list(layer.parameters()), ahead=True)
+    hidden_states = torch.randn(1, tokens, 2048, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):
+        norm.watch()
+        mixed, _ = layer(hidden_states)
+        (mixed.float().square().mean() * 100).backward()
+        assert len(layer.experts.gate_up_proj.squares_of_gradient or ()) == 0  # taken
+        grads = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
+        expected = torch.stack([grad.double().norm() for grad in grads]).norm()
+        found = norm([parameter for parameter in layer.parameters() if parameter.grad is not None])
+        # The kernel squares sums in float32, which the gradient holds rounded to bfloat16.
+        assert abs(float(found / expected) - 1) < 1e-4
+        layer.zero_grad(set_to_none=True)

@@ -47,6 +47,11 @@ def test_the_norm_of_gradients_equals_float64(report):
         assert error < 1e-6, name  # measured: at most 6e-8
 
 
+def test_squares_that_the_backward_pass_leaves_are_taken_where_they_are_the_whole_gradients(report):
+    assert len(report["offered squares"]) == 5
+    assert max(report["offered squares"].values()) < 1e-6  # measured: 4e-8
+
+
 def test_whole_models_equal_the_plain_form(report):
     assert len(report["models"]) == 3
     assert max(report["models"].values()) < 1e-5  # measured: 8e-7

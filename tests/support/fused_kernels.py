@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from phi35 import fused, fused_head
+from phi35 import fused, fused_head, gradient_squares
 from phi35.feed_forward import gegelu
 from phi35.kernels import adamw
 from phi35.loading import create
@@ -173,21 +173,58 @@ def gradient_norm() -> dict[str, float]:
         norm = GradientNorm([used, early, never], ahead=True)
         for step in range(2):  # what the first step leaves must not reach the second
             for batch in range(2):
-                norm.watching = batch == 1
+                if batch == 1:
+                    norm.watch()
                 both = (used * draw(70_001, seed=3 + batch, dtype=dtype)).sum() * (batch + step + 1)
                 (both + early.square().sum() if batch == 0 else both).backward()
-            norm.watching = False
             found = norm([used, early])
             wanted = torch.stack([used.grad.double().norm(), early.grad.double().norm()]).norm()
             report[f"{name}, step {step}"] = relative(found, wanted)
             used.grad = early.grad = None
-        norm.watching = True
+        norm.watch()
         (early * 2).sum().backward()
         report[f"{name}, one gradient"] = relative(norm([early]), early.grad.double().norm())
         used.grad = draw(70_001, seed=6, dtype=dtype)
         report[f"{name}, afterwards"] = relative(sum_of_squares([used, never]).sqrt(), used.grad.double().norm())
         early.grad[1, 3] = torch.inf
         report[f"{name}, infinite"] = float(global_gradient_norm([used, early]) != torch.inf)
+    return report
+
+
+class Offering(torch.autograd.Function):
+    """weight * 1, whose backward leaves squares: ``factor`` times the true ones, which tells whether they were used."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.factor = factor
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient_squares.offer(ctx.saved_tensors[0], ctx.factor * grad.double().square().sum(dim=0).float())
+        return grad.clone(), None
+
+
+def offered_squares() -> dict[str, float]:
+    """Squares that the backward pass leaves: taken from a lone contribution, and from nothing else."""
+    weight, other = torch.nn.Parameter(draw(40, 1000)), torch.nn.Parameter(draw(7, seed=1))
+    norm = GradientNorm([weight, other], ahead=True)
+    upstream = draw(40, 1000, seed=2)
+    report = {}
+    for name, factor, uses, early in (
+        ("alone", 1.0, 1, False),
+        ("alone, fourfold", 4.0, 1, False),
+        ("two uses", 4.0, 2, False),
+        ("on top of an earlier gradient", 4.0, 1, True),
+    ):
+        weight.grad = draw(40, 1000, seed=3) if early else None
+        norm.watch()
+        sum((Offering.apply(weight, factor) * upstream * (n + 1)).sum() for n in range(uses)).backward()
+        expected = weight.grad.double().norm() * (2.0 if name == "alone, fourfold" else 1.0)
+        report[name] = relative(norm([weight]), expected)
+    Offering.apply(weight, 4.0).sum().backward()
+    report["unasked"] = float(gradient_squares.are_wanted(weight))
     return report
 
 
@@ -211,5 +248,10 @@ def models() -> dict[str, float]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     report = {"norms": norms(), "activations": activations(), "rotary": rotary(), "head": head()}
-    report |= {"optimizer": optimizer(), "gradient norm": gradient_norm(), "models": models()}
+    report |= {
+        "optimizer": optimizer(),
+        "gradient norm": gradient_norm(),
+        "offered squares": offered_squares(),
+        "models": models(),
+    }
     json.dump(report, sys.stdout)
