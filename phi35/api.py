@@ -64,6 +64,8 @@ def generate(
     num_crops: Any = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    quantization: Any = None,
+    expert_memory: int | str | None = None,
     rope_mode: str = "reference",
     kv_cache_dtype: str | None = None,
     return_logprobs: bool = False,
@@ -97,6 +99,8 @@ def generate(
         device: where a model named by folder or id is loaded: by default CUDA where there is one, else the CPU.
         dtype: of its weights: by default float32 on the CPU and bfloat16 elsewhere (float16 or float32, with a warning,
             where the device has none); "auto" as stored.
+        quantization: "int4", "int8", "fp8" or a ``QuantizationConfig``, to round a folder's weights as they are read.
+        expert_memory: device memory for the experts of a folder's sparse model, the others stay on the host: "40GB".
         rope_mode: "reference" or "pinned", see ``phi35.generation.decoding``.
         kv_cache_dtype: "int8" or "fp8" holds keys and values in eight bits; None in the model's dtype.
         return_logprobs: return ``Answer`` objects, with tokens and their log-probabilities, in place of texts.
@@ -123,7 +127,7 @@ def generate(
         raise ValueError("return_logprobs=True gives finished answers: leave out stream=True")
     if stream and not single:
         raise ValueError("stream=True takes one prompt: a list of prompts gives a list of finished texts")
-    loaded, processor = resolve_model(model, device, dtype)
+    loaded, processor = resolve_model(model, device, dtype, quantization, expert_memory)
     texts: str | list[str]
     if messages is not None:
         texts, images = chat_text(processor, messages, images, system)
@@ -181,12 +185,16 @@ def _drafting(
 
 
 def resolve_model(
-    model: Any = None, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    model: Any = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    quantization: Any = None,
+    expert_memory: int | str | None = None,
 ) -> tuple[Any, Processor]:
     """The model and processor that ``model=`` means (see ``generate``).
 
     Raises:
-        ValueError: if it names nothing that can be loaded, or device or dtype are given with a loaded model.
+        ValueError: if it names nothing that can be loaded, or ways of loading are given with a loaded model.
         OSError: if it is a hub id and the hub cannot be reached.
     """
     variable = os.environ.get(MODEL_VARIABLE) if model is None else None
@@ -195,14 +203,17 @@ def resolve_model(
     if isinstance(model, str | os.PathLike):
         picked = pick_device(device)
         try:
-            return _loaded(*_state(os.fspath(model)), picked, dtype if dtype == "auto" else pick_dtype(dtype, picked))
+            kind = dtype if dtype == "auto" else pick_dtype(dtype, picked)
+            return _loaded(*_state(os.fspath(model)), picked, kind, quantization, expert_memory)
         except (ValueError, OSError) as error:
             if not variable:
                 raise
-            kind = ValueError if isinstance(error, ValueError) else OSError
-            raise kind(f"the environment variable {MODEL_VARIABLE} names {variable!r}: {error}") from error
+            failure = ValueError if isinstance(error, ValueError) else OSError
+            raise failure(f"the environment variable {MODEL_VARIABLE} names {variable!r}: {error}") from error
     if device is not None or dtype is not None:
         raise ValueError("device= and dtype= choose how a folder is loaded; a loaded model has its own: use model.to")
+    if quantization is not None or expert_memory is not None:
+        raise ValueError("quantization= and expert_memory= choose how a folder is loaded: give them to phi35.load")
     pair = model if isinstance(model, tuple) else (model, getattr(model, "processor", None))
     if len(pair) != 2 or not isinstance(pair[1], Processor):
         raise ValueError(
@@ -223,12 +234,17 @@ def _state(name: str) -> tuple[str, tuple[tuple[str, int, int], ...]]:
 
 @lru_cache(maxsize=2)
 def _loaded(
-    name: str, state: tuple[tuple[str, int, int], ...], device: torch.device, dtype: str | torch.dtype
+    name: str,
+    state: tuple[tuple[str, int, int], ...],
+    device: torch.device,
+    dtype: str | torch.dtype,
+    quantization: Any,
+    expert_memory: int | str | None,
 ) -> tuple[Any, Processor]:
-    """Models by name, state of their files, device and dtype: the two used last stay in memory."""
+    """Models by name, state of their files and ways of loading: the two used last stay in memory."""
     from phi35.loading import load
 
-    model, processor = load(name, device=device, dtype=dtype)
+    model, processor = load(name, device, dtype, quantization=quantization, expert_memory=expert_memory)
     if processor is None:
         raise ValueError(f"{name} has no tokenizer, so that it cannot answer text: add its tokenizer.json")
     if model.config.vision is not None:

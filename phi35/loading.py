@@ -13,15 +13,18 @@ import torch
 from phi35 import presets
 from phi35.checkpoint.reader import check_dtypes, fill, match_headers, read_headers, stored_dtype
 from phi35.checkpoint.rules import CheckpointPlan, state_shapes, to_disk
+from phi35.checkpoint.streaming import StoredWeights
 from phi35.checkpoint.writer import parse_size, write_json, write_weights
 from phi35.config import ModelConfig
 from phi35.config_io import from_hf_dict, to_generation_dict, to_hf_dict
 from phi35.device import pick_device, pick_dtype
 from phi35.meta_model import meta_model
 from phi35.model import CausalLM
+from phi35.registry import resolve
 
 if TYPE_CHECKING:
     from phi35.processor import Processor
+    from phi35.quantization.config import QuantizationConfig
 
 HUB_FILES = (
     "config.json",
@@ -52,6 +55,9 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     config: ModelConfig | None = None,
+    *,
+    quantization: "str | QuantizationConfig | None" = None,
+    expert_memory: int | str | None = None,
 ) -> tuple[CausalLM, "Processor | None"]:
     """A model and its processor from a folder in Hugging Face form.
 
@@ -60,6 +66,10 @@ def load(
         device: where the weights go; by default a GPU if there is one.
         dtype: of the weights; by default bfloat16 on a GPU and float32 on a CPU; "auto" keeps what is stored.
         config: in place of the folder's own, such as one with other dropout; its sizes must be those of the weights.
+        quantization: "int4", "int8", "fp8" or a ``QuantizationConfig``: weights of a plain checkpoint are rounded to
+            the nearest codes as they are read, tensor by tensor.
+        expert_memory: device memory for the experts of a sparse model, e.g. "40GB"; all of them lie in host memory, and
+            those used last on the device, too (``moe.offloaded_experts``). None puts all of them on the device.
 
     Returns:
         The model in evaluation mode, and the processor; None in its place, with a warning, where the folder has
@@ -74,15 +84,25 @@ def load(
         dtype = pick_dtype(dtype, picked_device)
     folder = find_folder(folder_or_hub_id)
     config = load_config(folder) if config is None else config
-    model = meta_model(config)
+    if quantization is not None:
+        config = resolve("phi35.quantization.on_load:quantized_config")(config, quantization)
+    plain = config if quantization is None else config.replace(quantization=None)
+    model = meta_model(plain)
     stored = read_headers(folder)
-    match = match_headers(CheckpointPlan(config, state_shapes(config, model.state_dict())), stored, folder)
+    match = match_headers(CheckpointPlan(plain, state_shapes(plain, model.state_dict())), stored, folder)
     check_dtypes(match, stored, model.state_dict())
-    model = allocate(
-        model, picked_device, stored_dtype(stored) if dtype == "auto" else pick_dtype(dtype, picked_device)
-    )
+    picked_dtype = stored_dtype(stored) if dtype == "auto" else pick_dtype(dtype, picked_device)
+    if quantization is not None:
+        model = meta_model(config)
+    if expert_memory is not None:
+        _offload(model, expert_memory, picked_dtype)
+    model = allocate(model, picked_device, picked_dtype)
     if picked_device.type != "meta":
-        fill(model, match, stored)
+        if quantization is None:
+            fill(model, match, stored)
+        else:
+            fill_rounded = resolve("phi35.quantization.on_load:fill_rounded")
+            fill_rounded(model, StoredWeights(folder, plain), config, picked_device)
     model.processor = load_processor(folder, config)
     return model, model.processor
 
@@ -188,6 +208,7 @@ def create(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     seed: int | None = None,
+    expert_memory: int | str | None = None,
     **changes: Any,
 ) -> CausalLM:
     """A model with random weights.
@@ -197,7 +218,9 @@ def create(
         device: where the weights are drawn; "meta" allocates nothing.
         dtype: of the weights; by default float32 on a CPU and bfloat16 on a GPU.
         seed: makes the weights reproducible on one kind of device; None draws from torch's global generator.
-        **changes: config fields to change, e.g. ``num_hidden_layers=2``.
+        expert_memory: device memory for experts, the others in host memory, as of ``load``; the weights drawn are the
+            same.
+        **changes: config fields to change, e.g. ``num_hidden_layers=2`` or ``quantization="int4"`` (random codes).
 
     Returns:
         The model in evaluation mode.
@@ -211,28 +234,28 @@ def create(
         config = presets.get(preset_or_config)
     else:
         raise ValueError(f"expected a preset's name or a ModelConfig, got {type(preset_or_config).__name__}")
+    if isinstance(changes.get("quantization"), str):
+        changes["quantization"] = resolve("phi35.quantization.on_load:quantization_of")(changes["quantization"])
     if changes:
         config = config.replace(**changes)
     picked_device = pick_device(device)
-    model = empty_model(config, picked_device, pick_dtype(dtype, picked_device))
+    picked_dtype = pick_dtype(dtype, picked_device)
+    model = meta_model(config)
+    if expert_memory is not None:
+        _offload(model, expert_memory, picked_dtype)
+    model = allocate(model, picked_device, picked_dtype)
     if picked_device.type != "meta":
+        if seed is None and expert_memory is not None:
+            seed = int(torch.randint(2**62, ()))  # numbers for host memory are drawn on the device, too
         generator = None if seed is None else torch.Generator(picked_device).manual_seed(seed)
         model.init_weights(generator)
     return model
 
 
-def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> CausalLM:
-    """A model in evaluation mode whose weights are allocated but not set.
-
-    Built on the meta device first, so that no weight is drawn or cast on the way.
-    """
-    return allocate(meta_model(config), device, dtype)
-
-
 def allocate(
     model: CausalLM, device: torch.device, dtype: torch.dtype | Callable[[torch.nn.Parameter], torch.dtype]
 ) -> CausalLM:
-    """Give a model on the meta device memory, unset, and evaluation mode.
+    """Give a model on the meta device memory, unset, and evaluation mode; no weight is drawn or cast on the way.
 
     Args:
         model: as built, or with some parameters frozen or cut to this process's part; what its tensors were marked
@@ -253,6 +276,12 @@ def allocate(
             vars(tensor).update(mark)
     model.tie_weights()
     return model.eval()
+
+
+def _offload(model: CausalLM, expert_memory: int | str, dtype: torch.dtype) -> None:
+    """Make a model on the meta device keep its experts in host memory."""
+    model.to(dtype)
+    resolve("experts.offload")(model, parse_size(expert_memory, "expert_memory"))
 
 
 def _fetch(name: str) -> Path:

@@ -20,6 +20,7 @@ SLOTS = {
     "presets.sparse": "moe.presets:PRESETS",
     "presets.vision": "vision.presets:PRESETS",
     "experts.backend_report": "moe.experts:backend_report",
+    "experts.offload": "moe.offloaded_experts:offload_experts",
     "decoding.sparse": "moe.kernels.decode_step:add_sparse_feed_forward",
     "decoding.few_bit_sparse": "moe.kernels.quantized_step:add_sparse_feed_forward",
     "decoding.few_bit_sparse_limit": "moe.kernels.quantized_step:limit",

@@ -194,8 +194,8 @@ def write_json(path: Path, data: object) -> None:
     os.replace(part, path)
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes from "5GB", "300MiB", "1000" or a number.
+def parse_size(size: int | str, name: str = "max_shard_size") -> int:
+    """Bytes from "5GB", "300MiB", "1000" or a number; ``name`` is what a message calls it.
 
     Raises:
         ValueError: for anything else, or less than one byte.
@@ -203,5 +203,5 @@ def parse_size(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or float(match[1]) * unit < 1:
-        raise ValueError(f"max_shard_size {size!r} is not a size: give bytes, or e.g. '5GB', '300MiB'")
+        raise ValueError(f"{name} {size!r} is not a size: give bytes, or e.g. '5GB', '300MiB'")
     return int(float(match[1]) * unit)

@@ -20,13 +20,24 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int4, int8 or fp8: round weights as they are read.")] = None,
+    expert_memory: Annotated[
+        str | None, typer.Option(help="Device memory for experts (40GB); others on the host.")
+    ] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="int8 or fp8: keys and values in eight bits.")] = None,
 ) -> None:
     """Talk with a model: a line is a turn; /help lists the commands."""
     from phi35 import api
 
-    loaded = api.resolve_model(model, device, dtype)
+    loaded = api.resolve_model(model, device, dtype, quantization, expert_memory)
     conversation = Conversation(
-        loaded, system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        loaded,
+        system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        kv_cache_dtype=kv_cache_dtype,
     )
     interactive = sys.stdin.isatty()
     if interactive:

@@ -23,6 +23,10 @@ def generate(
     num_crops: Annotated[int | None, typer.Option(help="Limit of tiles a picture.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int4, int8 or fp8: round weights as they are read.")] = None,
+    expert_memory: Annotated[
+        str | None, typer.Option(help="Device memory for experts (40GB); others on the host.")
+    ] = None,
     rope_mode: Annotated[str, typer.Option(help="reference or pinned (LongRoPE).")] = "reference",
     kv_cache_dtype: Annotated[str | None, typer.Option(help="int8 or fp8: keys and values in eight bits.")] = None,
 ) -> None:
@@ -46,6 +50,8 @@ def generate(
         num_crops=num_crops,
         device=device,
         dtype=dtype,
+        quantization=quantization,
+        expert_memory=expert_memory,
         rope_mode=rope_mode,
         kv_cache_dtype=kv_cache_dtype,
     )

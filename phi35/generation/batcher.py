@@ -18,7 +18,7 @@ from phi35.generation.choices import MAX_ALTERNATIVES, alternatives, choose_on_h
 from phi35.generation.constraints import ConstraintError, TokenConstraint
 from phi35.generation.decoding import Decoding
 from phi35.generation.fast_prefill import Prompt, PromptPass, Segment
-from phi35.generation.fast_step import DecodeStep, limit
+from phi35.generation.fast_step import DecodeStep, limit, waits_for_host
 from phi35.generation.request_state import RequestState
 from phi35.generation.requests import Emitted, Queued, Request
 from phi35.generation.rows import crosses, finish_reason, rope_length
@@ -479,6 +479,10 @@ class Batcher:
         if mode not in (None, "graphs", "kernels", "plain"):
             raise ValueError(f"mode must be 'graphs', 'kernels', 'plain' or None, got {mode!r}")
         reason = limit(self.model, kv_cache_dtype) if mode in (None, "graphs") else None
+        if reason is None and any(map(waits_for_host, self.model.modules())):
+            if mode == "graphs":
+                reason = "its experts lie in host memory"
+            mode = mode or "kernels"
         if mode == "graphs" and reason is not None:
             raise ValueError(f"mode='graphs', but the model's step cannot be captured: {reason}")
         if mode is None and reason is not None and self.model.device.type == "cuda":

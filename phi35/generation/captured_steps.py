@@ -16,7 +16,7 @@ import torch
 
 from phi35.generation import step_pool
 from phi35.generation.fast_prefill import Prompt, prefill
-from phi35.generation.fast_step import CannotCaptureError, limit
+from phi35.generation.fast_step import CannotCaptureError, limit, waits_for_host
 from phi35.generation.plain_steps import PlainSteps
 from phi35.generation.rows import Row, crosses, rope_length
 
@@ -60,9 +60,12 @@ def steps_for(model: Any, options: Any, rows: list[Row]) -> "PlainSteps | Captur
     if options.fast is False:
         return PlainSteps(model, options, rows)
     reason = limit(model, options.kv_cache_dtype)
-    if reason is None:
+    graph = not any(map(waits_for_host, model.modules()))
+    if reason is None and options.fast and not graph:
+        reason = "its experts lie in host memory"
+    elif reason is None:
         try:
-            return CapturedSteps(model, options, rows)
+            return CapturedSteps(model, options, rows, graph=graph)
         except CannotCaptureError as error:
             reason = str(error)
     if options.fast:
@@ -85,22 +88,25 @@ class CapturedSteps:
         options: of the generation.
         rows: all rows.
         plain: torch's operations and no graph, on any device; greedy choice alone.
+        graph: capture the step; else its kernels are launched one by one, and none is queued ahead.
 
     Raises:
         CannotCaptureError: if a module of the model waits for the device.
     """
 
-    def __init__(self, model: Any, options: Any, rows: list[Row], plain: bool = False) -> None:
+    def __init__(self, model: Any, options: Any, rows: list[Row], plain: bool = False, graph: bool = True) -> None:
         self.model, self.config, self.options, self.plain = model, model.config, options, plain
+        self._graph, self._ahead = graph, AHEAD if graph else 0
         self._rows, self._places = list(rows), list(range(len(rows)))
         self._made, self._drawn = 0, 0
         self._queue: collections.deque[Queued] = collections.deque()
-        self.step = step_pool.take(model, len(rows), self._capacity(FIRST_TOKENS), plain, options.kv_cache_dtype)
+        capacity, kind = self._capacity(FIRST_TOKENS), options.kv_cache_dtype
+        self.step = step_pool.take(model, len(rows), capacity, plain, kind, graph)
         self._set_up()
 
     def next(self) -> list[int]:
         """The next token of each unfinished row; their log-probabilities are added to the rows where asked for."""
-        while len(self._queue) <= AHEAD and self._queue_one():
+        while len(self._queue) <= self._ahead and self._queue_one():
             pass
         queued = self._queue.popleft()
         tokens, logprobs = self._read(queued)
@@ -261,14 +267,14 @@ class CapturedSteps:
         self._synchronise()
         del self.step  # the graph, before its cache moves
         cache.resize(self._capacity(max(FIRST_TOKENS, cache.capacity)))
-        self.step = step_pool.make(self.model, cache, self.plain, state)
+        self.step = step_pool.make(self.model, cache, self.plain, state, self._graph)
 
     def _shrink(self) -> None:
         """Go on with the unfinished rows alone; what is queued has been read."""
         places = torch.tensor(self._places, device=self.model.device)
         cache, state = self.step.cache.select_rows(places), self.step.state.select(places)
         del self.step
-        self.step = step_pool.make(self.model, cache, self.plain, state)
+        self.step = step_pool.make(self.model, cache, self.plain, state, self._graph)
         self._places = list(range(len(self._rows)))
 
     def _synchronise(self) -> None:

@@ -189,7 +189,8 @@ def model_limit(model: Any, kv_cache_dtype: str | None = None) -> str | None:
     if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its activations are {model.dtype}"
     decoder = model.model
-    devices = {tensor.device for tensor in model.state_dict().values()}
+    on_host = tuple(f"{name}." for name, module in model.named_modules() if waits_for_host(module))
+    devices = {tensor.device for name, tensor in model.state_dict().items() if not name.startswith(on_host)}
     if len(devices) != 1:
         return f"its weights lie on {sorted(map(str, devices))}"
     if getattr(decoder, "sequence_parallel", None) is not None:
@@ -205,6 +206,14 @@ def model_limit(model: Any, kv_cache_dtype: str | None = None) -> str | None:
             if type(norm) not in (RMSNorm, LayerNorm, nn.LayerNorm) or norm.weight.dtype != model.dtype:
                 return f"a norm is {type(norm).__name__} of {norm.weight.dtype}"
     return None
+
+
+def waits_for_host(module: nn.Module) -> bool:
+    """Whether a module reads on the host what the device has computed, as experts in host memory do.
+
+    No CUDA graph holds it; its weights may lie in host memory.
+    """
+    return bool(getattr(module, "waits_for_host", False))
 
 
 def fingerprint(model: Any) -> tuple[int, ...]:

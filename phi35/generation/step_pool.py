@@ -28,7 +28,9 @@ class KeptStep:
         return KeptStep, ()
 
 
-def take(model: Any, batch: int, capacity: int, plain: bool, kv_cache_dtype: str | None = None) -> DecodeStep:
+def take(
+    model: Any, batch: int, capacity: int, plain: bool, kv_cache_dtype: str | None = None, graph: bool = True
+) -> DecodeStep:
     """A step for so many rows of so many tokens: the kept one where it serves, else a new one.
 
     Raises:
@@ -41,13 +43,13 @@ def take(model: Any, batch: int, capacity: int, plain: bool, kv_cache_dtype: str
         if not plain and fits and kept.is_current:
             return kept
         del kept, cache
-    return make(model, model.new_cache(batch, capacity, kv_cache_dtype), plain)
+    return make(model, model.new_cache(batch, capacity, kv_cache_dtype), plain, graph=graph)
 
 
-def make(model: Any, cache: KVCache, plain: bool, state: StepState | None = None) -> DecodeStep:
-    """A step over a cache, captured unless ``plain``."""
+def make(model: Any, cache: KVCache, plain: bool, state: StepState | None = None, graph: bool = True) -> DecodeStep:
+    """A step over a cache, captured unless ``plain`` or without ``graph``."""
     step = DecodeStep(model, cache, plain=plain, state=state)
-    if not plain:
+    if graph and not plain:
         step.capture()
     return step
 
