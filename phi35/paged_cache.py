@@ -8,6 +8,7 @@ Full pages may be shared: a page that was registered under the key of its conten
 by rows that begin alike, and stays when its last row ends until the room is needed.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -221,7 +222,7 @@ class RepeatedRows:
 
     def layer(self, number: int) -> LayerCache:
         """One layer of these rows."""
-        return layer_of(self.cache, number, self.table)
+        return dataclasses.replace(layer_of(self.cache, number, self.table), repeats=self.width)
 
 
 class PagedRows:

@@ -2,7 +2,8 @@
 
 Flash-decoding: each program takes a part of a row's keys, and the program of a head that finishes last adds the
 parts, so that no further kernel is needed. Lengths are read on the device; the number of splits is fixed, so that the
-launch does not depend on them.
+launch does not depend on them. Tokens side by side that share a row's keys (``LayerCache.repeats``) are taken by the
+same programs, so that the keys are read once.
 """
 
 import torch
@@ -43,7 +44,7 @@ def attend(
 
     Args:
         query: (B, H d), rotated.
-        cache: of B rows; pages hold whole steps of keys.
+        cache: of B rows; pages hold whole steps of keys. With ``repeats`` R, R rows side by side have the same keys.
         lengths: (B,) int64, slot of each row's new token; a longer row reads as a full one.
         out: (B, H d), written.
         scratch: made for the same sizes and splits.
@@ -55,9 +56,10 @@ def attend(
     """
     batch, num_kv, head_dim, slots = query.shape[0], cache.num_kv, cache.head_dim, cache.num_slots
     assert cache.page_size % config.block == 0
-    group = query.shape[1] // head_dim // num_kv
+    group, tokens = query.shape[1] // head_dim // num_kv, cache.repeats
+    assert batch % tokens == 0
     asked = [(tensor, tensor.nbytes) for tensor in ahead] + [(query, 0)] * (3 - len(ahead))
-    _attend_kernel[(config.splits, num_kv, batch)](
+    _attend_kernel[(config.splits, num_kv, batch // tokens)](
         query,
         cache.keys,
         cache.values,
@@ -75,7 +77,9 @@ def attend(
         *(num_bytes for _, num_bytes in asked),
         NUM_KV=num_kv,
         GROUP=group,
-        PADDED_GROUP=max(16, triton.next_power_of_2(group)),
+        TOKENS=tokens,
+        PADDED_TOKENS=triton.next_power_of_2(tokens),
+        PADDED_GROUP=max(16, triton.next_power_of_2(group * tokens)),
         HEAD_DIM=head_dim,
         PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
         SPLITS=config.splits,
@@ -85,7 +89,7 @@ def attend(
         STAGES=config.num_stages,
         WINDOW=sliding_window if sliding_window is not None and sliding_window < slots else 0,
         PREFETCHED=PREFETCHED_STEPS,
-        PARTS=config.splits * num_kv * batch,
+        PARTS=config.splits * num_kv * (batch // tokens),
         LANES=config.num_warps * 32,
         AHEAD=len(ahead),
         KIND=cache.kind or "none",
@@ -117,6 +121,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     bytes_c,
     NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PADDED_TOKENS: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -133,15 +139,22 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     KIND: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TOKENS
     # Written by the sampler at the end of the previous step.
-    total = tl.minimum(tl.load(lengths + row), capacity).to(tl.int32) + 1
-    first = tl.maximum(total - WINDOW, 0) if WINDOW else 0
+    if TOKENS == 1:
+        total = tl.minimum(tl.load(lengths + row), capacity).to(tl.int32) + 1
+        first = tl.maximum(total - WINDOW, 0) if WINDOW else 0
+    else:
+        tokens = tl.arange(0, PADDED_TOKENS)
+        last = tl.load(lengths + row + tokens, mask=tokens < TOKENS, other=0)
+        total = tl.minimum(tl.max(last, axis=0), capacity).to(tl.int32) + 1
+        earliest = tl.min(tl.where(tokens < TOKENS, last, capacity), axis=0)
+        first = tl.maximum(tl.minimum(earliest, capacity).to(tl.int32) + 1 - WINDOW, 0) if WINDOW else 0
     # The programs of a head take turns, step by step, so that together they walk through memory: with a stretch each,
     # all of a long cache's memory pages would be wanted at once. Steps begin at multiples of BLOCK: none reaches into
     # two pages of a paged cache.
     start = first // BLOCK * BLOCK + split * BLOCK
-    place = row.to(tl.int64) * NUM_KV + head
+    place = tl.program_id(2).to(tl.int64) * NUM_KV + head
     if PDL:
         itemsize: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
         for step in tl.static_range(PREFETCHED):
@@ -150,7 +163,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             offset = slot_offset(table, row, head, tl.minimum(slot, capacity), capacity, NUM_KV, HEAD_DIM, PAGE)
             prefetch(keys + offset, num_bytes, 0, 1, LANES)
             prefetch(values + offset, num_bytes, 0, 1, LANES)
-        part = (row * NUM_KV + head) * SPLITS + split
+        part = (tl.program_id(2) * NUM_KV + head) * SPLITS + split
         if AHEAD > 0:
             prefetch(ahead_a, bytes_a, part, PARTS, LANES)
         if AHEAD > 1:
@@ -158,11 +171,10 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         if AHEAD > 2:
             prefetch(ahead_c, bytes_c, part, PARTS, LANES)
     wait_for_predecessor(PDL)
-    query_at = query + place * GROUP * HEAD_DIM
     scale = softmax_scale * 1.4426950408889634
-    if GROUP == 1:
+    if GROUP * TOKENS == 1:
         best, weight, summed = _attend_one(
-            query_at,
+            query + place * HEAD_DIM,
             keys,
             values,
             key_scales,
@@ -187,7 +199,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         )
     else:
         best, weight, summed = _attend_group(
-            query_at,
+            query,
+            lengths,
             keys,
             values,
             key_scales,
@@ -203,7 +216,9 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             scale,
             NUM_KV,
             GROUP,
+            TOKENS,
             PADDED_GROUP,
+            WINDOW,
             HEAD_DIM,
             PADDED_DIM,
             BLOCK,
@@ -212,22 +227,43 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             STAGES,
             KIND,
         )
-    members = tl.arange(0, 1 if GROUP == 1 else PADDED_GROUP)
+    members = tl.arange(0, 1 if GROUP * TOKENS == 1 else PADDED_GROUP)
     dims = tl.arange(0, PADDED_DIM)
-    mask = (members < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    mask = (members < GROUP * TOKENS)[:, None] & (dims < HEAD_DIM)[None, :]
     if SPLITS == 1:
-        at = (place * GROUP + members)[:, None] * HEAD_DIM + dims[None, :]
+        at = _head_at(row, head, members, NUM_KV, GROUP)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(out + at, (summed / weight[:, None]).to(out.dtype.element_ty), mask=mask)
     else:
-        part = (place * SPLITS + split) * GROUP + members
+        part = (place * SPLITS + split) * (GROUP * TOKENS) + members
         tl.store(sums + part[:, None] * HEAD_DIM + dims[None, :], summed, mask=mask)
-        tl.store(scales + part * 2, best, mask=members < GROUP)
-        tl.store(scales + part * 2 + 1, weight, mask=members < GROUP)
+        tl.store(scales + part * 2, best, mask=members < GROUP * TOKENS)
+        tl.store(scales + part * 2 + 1, weight, mask=members < GROUP * TOKENS)
         tl.debug_barrier()
         before = tl.atomic_add(arrived + place, 1, sem="acq_rel", scope="gpu")
         if before == SPLITS - 1:
             tl.store(arrived + place, 0)
-            _add_parts(out, sums, scales, place, GROUP, HEAD_DIM, PADDED_DIM, SPLITS, PADDED_SPLITS)
+            _add_parts(
+                out,
+                sums,
+                scales,
+                place,
+                row,
+                head,
+                NUM_KV,
+                GROUP,
+                TOKENS,
+                HEAD_DIM,
+                PADDED_DIM,
+                SPLITS,
+                PADDED_SPLITS,
+            )
+
+
+@triton.jit
+def _head_at(row, head, members, NUM_KV: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which head of all queries a member is: the queries of a head of keys, token after token from ``row`` on."""
+    token = row + members // GROUP
+    return (tl.cast(token, tl.int64) * NUM_KV + head) * GROUP + members % GROUP
 
 
 @triton.jit
@@ -302,7 +338,8 @@ def _attend_one(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend_group(  # type: ignore[no-untyped-def]
-    query_at,
+    query,
+    lengths,
     keys,
     values,
     key_scales,
@@ -318,7 +355,9 @@ def _attend_group(  # type: ignore[no-untyped-def]
     scale,
     NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
+    WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -329,8 +368,12 @@ def _attend_group(  # type: ignore[no-untyped-def]
 ):
     """The queries that share a head of keys, on the matrix units: maxima (g,), sums (g,), weighted values (g, d)."""
     members, dims, lanes = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK)
-    mask = (members < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    queries = tl.load(query_at + members[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+    mask = (members < GROUP * TOKENS)[:, None] & (dims < HEAD_DIM)[None, :]
+    heads = _head_at(row, head, members, NUM_KV, GROUP)
+    queries = tl.load(query + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+    if TOKENS > 1:
+        last = tl.load(lengths + row + members // GROUP, mask=members < GROUP * TOKENS, other=0)
+        totals = tl.minimum(last, capacity).to(tl.int32) + 1
     best = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
     weight = tl.zeros((PADDED_GROUP,), tl.float32)
     summed = tl.zeros((PADDED_GROUP, PADDED_DIM), tl.float32)
@@ -350,7 +393,12 @@ def _attend_group(  # type: ignore[no-untyped-def]
         if KIND != "none":
             scales_at = offset // HEAD_DIM + lanes
             score *= tl.load(key_scales + scales_at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        score = tl.where(inside[None, :], score, float("-inf"))
+        seen = inside[None, :]
+        if TOKENS > 1:
+            seen = seen & (slots[None, :] < totals[:, None])
+            if WINDOW:
+                seen = seen & (slots[None, :] >= totals[:, None] - WINDOW)
+        score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(best, tl.max(score, axis=1))
         # A step may lie before the window; then nothing has been seen yet.
         finite = tl.where(higher == float("-inf"), 0.0, higher)
@@ -370,7 +418,11 @@ def _add_parts(  # type: ignore[no-untyped-def]
     sums,
     scales,
     place,
+    row,
+    head,
+    NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -378,8 +430,8 @@ def _add_parts(  # type: ignore[no-untyped-def]
 ):
     """Add the parts of a head; the reads go past the first-level cache, which may hold older values."""
     dims, parts = tl.arange(0, PADDED_DIM), tl.arange(0, PADDED_SPLITS)
-    for member in tl.static_range(GROUP):
-        part = (place * SPLITS + parts) * GROUP + member
+    for member in tl.static_range(GROUP * TOKENS):
+        part = (place * SPLITS + parts) * (GROUP * TOKENS) + member
         real = parts < SPLITS
         best = tl.load(scales + part * 2, mask=real, other=float("-inf"), cache_modifier=".cg")
         weight = tl.load(scales + part * 2 + 1, mask=real, other=0.0, cache_modifier=".cg")
@@ -387,5 +439,5 @@ def _add_parts(  # type: ignore[no-untyped-def]
         part_sums = tl.load(sums + part[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         shrink = tl.exp2(best - tl.max(best, axis=0))
         total = tl.sum(part_sums * shrink[:, None], axis=0) / tl.sum(weight * shrink, axis=0)
-        at = (place * GROUP + member) * HEAD_DIM + dims
+        at = _head_at(row, head, member, NUM_KV, GROUP) * HEAD_DIM + dims
         tl.store(out + at, total.to(out.dtype.element_ty), mask=dims < HEAD_DIM)

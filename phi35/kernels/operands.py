@@ -47,6 +47,7 @@ class LayerCache:
         value_scales: like ``key_scales``.
         kind: what the codes are (``phi35.cache_codes``); None where keys and values are numbers.
         number_dtype: of what codes stand for, as attention takes it.
+        repeats: how many rows side by side share their keys and values, as tokens of one row in a step.
     """
 
     keys: torch.Tensor
@@ -56,6 +57,7 @@ class LayerCache:
     value_scales: torch.Tensor | None = None
     kind: str | None = None
     number_dtype: torch.dtype | None = None
+    repeats: int = 1
 
     @property
     def dtype(self) -> torch.dtype:

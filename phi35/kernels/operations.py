@@ -86,7 +86,8 @@ class BatchOperations(PlainOperations):
         super().__init__(hidden_act, sliding_window)
         self._attention, self._batched, self._sampling = attention, batched, sampling
         self.tuning, self.pdl = tuning, False
-        batch, num_kv, group = cache.num_rows, cache.num_kv, num_heads // cache.num_kv
+        batch, num_kv = cache.num_rows // cache.repeats, cache.num_kv
+        group = cache.repeats * (num_heads // num_kv)
         self.attention_config = tuning.attention(batch, num_kv, group, cache.num_slots)
         splits, device = self.attention_config.splits, cache.keys.device
         self.scratch = attention.AttentionScratch(batch, num_kv, group, cache.head_dim, splits, device)

@@ -81,22 +81,26 @@ def test_query_key_value_product_spills_nothing_but_the_sine(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("group", "head_dim", "page", "kind"),
+    ("group", "head_dim", "page", "kind", "tokens"),
     [
-        *((*shape, "none") for shape in ((1, 96, 0), (4, 128, 0), (1, 96, 64), (4, 128, 64))),
-        (1, 96, 0, "int8"),
-        (4, 128, 64, "int8"),
-        (1, 96, 64, "fp8"),
+        *((*shape, "none", 1) for shape in ((1, 96, 0), (4, 128, 0), (1, 96, 64), (4, 128, 64))),
+        (1, 96, 0, "int8", 1),
+        (4, 128, 64, "int8", 1),
+        (1, 96, 64, "fp8", 1),
+        (1, 96, 64, "none", 9),
+        (4, 128, 64, "none", 9),
     ],
 )
 def test_attention_streams_keys_through_shared_memory(
-    tmp_path: Path, group: int, head_dim: int, page: int, kind: str
+    tmp_path: Path, group: int, head_dim: int, page: int, kind: str, tokens: int
 ) -> None:
-    config = DEFAULT.one if group == 1 else DEFAULT.grouped
+    """One token a row, and nine side by side that share its keys."""
+    config = DEFAULT.one if group * tokens == 1 else DEFAULT.grouped
     arguments = typed("*bf16", "query", "out", "key_scales", "value_scales") | typed("*fp32", "sums", "scales")
     arguments |= typed("*bf16" if kind == "none" else "*u8", "keys", "values") | {"exponent": "i32"}
     arguments |= {"table": "*i32", "lengths": "*i64", "arrived": "*i32", "capacity": "i32", "softmax_scale": "fp32"}
-    constants = {"NUM_KV": 32 // group, "GROUP": group, "PADDED_GROUP": 16, "HEAD_DIM": head_dim, "PADDED_DIM": 128}
+    constants = {"NUM_KV": 32 // group, "GROUP": group, "HEAD_DIM": head_dim, "PADDED_DIM": 128, "TOKENS": tokens}
+    constants |= {"PADDED_TOKENS": 16 if tokens > 1 else 1, "PADDED_GROUP": 64 if group * tokens > 16 else 16}
     constants |= {"SPLITS": 8, "PADDED_SPLITS": 8, "BLOCK": config.block, "PAGE": page, "STAGES": config.num_stages}
     constants |= {"WINDOW": 0, "PREFETCHED": attention.PREFETCHED_STEPS, "PARTS": 256, "LANES": 128, "AHEAD": 3}
     constants |= {"PDL": True, "KIND": kind}
@@ -105,7 +109,7 @@ def test_attention_streams_keys_through_shared_memory(
     instructions, stack = machine_code(kernel, tmp_path)
     assert kernel.metadata.shared <= SHARED_MEMORY // 2 and stack == 0
     assert any("LDGSTS.E.BYPASS.128" in text for text in instructions)
-    assert any("HMMA" in text for text in instructions) == (group > 1)
+    assert any("HMMA" in text or "HGMMA" in text for text in instructions) == (group * tokens > 1)
     # Prefetched before the wait.
     (wait,) = [place for place, text in enumerate(instructions) if "ACQBULK" in text]
     assert sum("UBLKPF" in text for text in instructions[:wait]) == 2 * attention.PREFETCHED_STEPS + 3

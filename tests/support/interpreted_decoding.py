@@ -6,6 +6,7 @@ A process of its own: TRITON_INTERPRET must stand before Triton is imported, and
 import json
 import os
 import sys
+from dataclasses import replace
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -189,6 +190,23 @@ def attention_case(
     return errors
 
 
+def shared_keys_case(group: int, tokens: int, splits: int, window: int | None, page: int) -> dict[str, float]:
+    """Tokens side by side over one row's keys, of three rows, beside each token over its own copy of the row."""
+    new, kv, head_dim = draw(7), 2, 24
+    shared, _ = cache_of(new, 3, kv, 48, head_dim, page)
+    lengths = torch.tensor([0, 20, 44])[:, None] + torch.arange(tokens).clamp(max=2)
+    assert shared.table is not None
+    table = shared.table.repeat_interleave(tokens, dim=0)
+    repeated = replace(shared, table=table, repeats=tokens)
+    query = new(3 * tokens, kv * group * head_dim)
+    outs = [torch.full_like(query, float("nan")) for _ in range(2)]
+    scratch = AttentionScratch(3, kv, group * tokens, head_dim, splits, query.device)
+    config = AttentionConfig(splits=splits, block=16, num_warps=1)
+    attention.attend(query, repeated, lengths.flatten(), outs[0], scratch, window, config, False)
+    reference.attend(query, replace(shared, table=table), lengths.flatten(), outs[1], window)
+    return {"attention": relative(*outs), "arrived": float(scratch.arrived.abs().sum())}
+
+
 def prompt_case(kv: int, group: int, head_dim: int, page: int = 0) -> dict[str, float]:
     """Rotation and cache store of packed prompts, two rows under different factors, one begun before."""
     new, heads = draw(6), kv * group
@@ -349,6 +367,9 @@ if __name__ == "__main__":
         "one_paged": attention_case(2, 1, 24, 3, None, single, page=16),
         "grouped_paged": attention_case(1, 2, 16, 2, 20, single, page=16),
         "grouped_half": attention_case(2, 2, 16, 2, None, half),
+        "shared_keys": shared_keys_case(1, 5, 3, None, 16),
+        "shared_keys_grouped": shared_keys_case(3, 4, 1, None, 16),
+        "shared_keys_window": shared_keys_case(2, 3, 2, 20, 16),
         "prompt": prompt_case(2, 1, 24),
         "prompt_grouped": prompt_case(2, 3, 16),
         "prompt_paged": prompt_case(2, 2, 16, page=16),
