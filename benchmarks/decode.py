@@ -31,6 +31,7 @@ import transformers_peer  # noqa: E402
 
 import phi35  # noqa: E402
 from phi35 import presets  # noqa: E402
+from phi35.cache_codes import KINDS  # noqa: E402
 from phi35.generation import step_pool  # noqa: E402
 from phi35.generation.decoding import Decoding  # noqa: E402
 
@@ -70,6 +71,7 @@ CASES = [
     Case("mini, 32k + 128", "mini", (32640,), 128),
     *(Case(f"mini, {rows} rows", "mini", mixed(rows), 128, peer="dynamic") for rows in (8, 32, 128)),
     Case("vision, 1 image + 512", "vision", (64,), 512, images=1),
+    Case("mini, 128k + 128", "mini", (130816,), 128),
     Case("moe, 128 + 512", "moe", (128,), 512, peer="static"),
     Case("moe, 32k + 128", "moe", (32640,), 128),
     *(Case(f"moe, {rows} rows", "moe", mixed(rows), 128, peer="dynamic") for rows in (8, 32)),
@@ -81,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(PRESETS), choices=list(PRESETS))
     parser.add_argument("--cases", nargs="+", help="parts of names of cases, e.g. '128 + 512' 'rows'")
+    parser.add_argument("--kv-cache-dtype", choices=KINDS, help="ours with keys and values in eight bits")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--kernels", action="store_true", help="each kernel alone, instead of the table")
     parser.add_argument("--step", action="store_true", help="whole steps, instead of the table")
@@ -96,6 +99,7 @@ def main() -> None:
         raise SystemExit("no CUDA device is visible; --small runs tiny models on the CPU")
     record: dict[str, Any] = {"environment": moe_layer.environment(device, arguments.commit)}
     record["environment"]["command"] = " ".join(["python", "benchmarks/decode.py", *sys.argv[1:]])
+    record["kv_cache_dtype"] = arguments.kv_cache_dtype
     record["copy_tb_per_s"] = rate = moe_layer.copy_rate(device) if device.type == "cuda" else 0.01
     print(f"{record['environment']['device']}: copy {rate:.3f} TB/s", flush=True)
     chosen = [model for model in arguments.models if model in decode_kernels.PRESETS]
@@ -122,7 +126,9 @@ def main() -> None:
 def table(record: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> None:
     """All cases of ours model by model, then transformers'."""
     wanted = [case for case in CASES if case.model in arguments.models]
-    if arguments.cases:
+    if not arguments.cases:
+        wanted = [case for case in wanted if "128k" not in case.name]  # a minute by itself
+    else:
         wanted = [case for case in wanted if any(part in case.name for part in arguments.cases)]
     if arguments.small:
         wanted = [Case(c.name, c.model, tuple(min(n, 20) for n in c.lengths[:3]), 6, c.images, c.peer) for c in wanted]
@@ -173,9 +179,10 @@ def time_case(side: str, case: Case, model: Any, record: dict[str, Any], device:
         row |= transformers_peer.decode_rate(model, batch, case.new_tokens, case.peer == "static")
         row["cache"] = case.peer
     else:
-        row |= ours(case, model, batch, device)
+        kind = record["kv_cache_dtype"]
+        row |= ours(case, model, batch, device, kind) | {"kv_cache_dtype": kind}
         length = sum(row.pop("prompt_tokens")) / len(case.lengths) + case.new_tokens / 2
-        num_bytes = decode_steps.step_bytes(model.config, length, len(case.lengths))
+        num_bytes = decode_steps.step_bytes(model.config, length, len(case.lengths), kind)
         row["bound"] = 1e12 * record["copy_tb_per_s"] * len(case.lengths) / num_bytes
         row["of_bound"] = row["tokens_per_s"] / row["bound"]
     print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
@@ -191,7 +198,9 @@ def draw_batch(case: Case, vocab: int, device: torch.device) -> dict[str, torch.
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def ours(case: Case, model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
+def ours(
+    case: Case, model: Any, batch: dict[str, torch.Tensor], device: torch.device, kind: str | None
+) -> dict[str, Any]:
     """Tokens per second through the decoding loop that ``generate`` is; the second run counts."""
     if case.images:
         batch = with_images(case, model, batch, device)
@@ -201,7 +210,8 @@ def ours(case: Case, model: Any, batch: dict[str, torch.Tensor], device: torch.d
             torch.cuda.reset_peak_memory_stats()
         transformers_peer.synchronise()
         start = time.perf_counter()
-        decoding = Decoding(model, **batch, max_new_tokens=case.new_tokens, stop_token_ids=())
+        options = {"max_new_tokens": case.new_tokens, "stop_token_ids": (), "kv_cache_dtype": kind}
+        decoding = Decoding(model, **batch, **options)
         decoding.step()
         first = time.perf_counter()
         while not decoding.done:

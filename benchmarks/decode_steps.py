@@ -9,6 +9,7 @@ import torch
 
 import phi35
 from phi35 import presets
+from phi35.cache_codes import cache_bytes
 from phi35.config import ModelConfig
 from phi35.generation.fast_step import DecodeStep
 from phi35.kernels.configs import VectorConfig
@@ -26,7 +27,7 @@ FIELDS = {
 """Kernels of ``decode_kernels`` and the fields of ``StepTuning`` that they choose."""
 
 
-def step_bytes(config: ModelConfig, length: float, batch: int = 1) -> float:
+def step_bytes(config: ModelConfig, length: float, batch: int = 1, kv_cache_dtype: str | None = None) -> float:
     """Bytes that a step reads: weights but the embedding, and keys and values of ``length`` tokens a row.
 
     Of a sparse layer the chosen experts count: of a batch the expected number of different ones.
@@ -40,7 +41,8 @@ def step_bytes(config: ModelConfig, length: float, batch: int = 1) -> float:
         for name, parameter in layer.named_parameters():
             total += parameter.numel() * (chosen if ".experts." in name else 1.0)
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.attention_head_dim
-    return 2 * (total + batch * kv * length)
+    per_token = cache_bytes(kv, config.attention_head_dim, kv_cache_dtype, torch.bfloat16)
+    return 2 * total + batch * per_token * length
 
 
 RESIDENT = {(4, 4): 528, (8, 4): 396, (4, 8): 264, (2, 8): 528, (2, 4): 528, (4, 2): 924}

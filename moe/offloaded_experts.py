@@ -70,6 +70,7 @@ class OffloadedExperts(nn.Module):
         self._copies = copies
         # In a tuple, and so no submodule: what the device holds is no state of the model.
         self._pool = (_container(experts, self._weights(), self.num_places),)
+        self._pins: dict[str, weakref.finalize[..., Any]] = {}
         self._following: tuple[nn.Module, OffloadedExperts] | tuple[()] = ()
         self._forget()
 
@@ -233,9 +234,11 @@ class OffloadedExperts(nn.Module):
                 tensor = torch.empty(tensor.shape, dtype=dtype, device=host)
             else:
                 tensor = tensor.to(host, dtype)
+            if (pinned := self._pins.pop(name, None)) is not None:
+                pinned()
             _set(self, name, tensor)
-        if device.type == "cuda" and not tensor.is_pinned():
-            weakref.finalize(self, pin(tensor))
+        if device.type == "cuda" and name not in self._pins:
+            self._pins[name] = weakref.finalize(self, pin(tensor))
 
     def extra_repr(self) -> str:
         """Counts, for the printed model."""
