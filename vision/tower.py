@@ -6,14 +6,16 @@ block, so the last block and the final norm never run: they are kept as frozen p
 round-trips, and left out of ``used`` counts.
 """
 
+import contextlib
 from functools import partial
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phi35.config import VisionConfig
-from phi35.fused import activate
+from phi35.fused import activate, uses_kernels
 from phi35.norm import LayerNorm
 
 
@@ -21,14 +23,14 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), as CLIP has it.
 
     Attributes:
-        fused: take it by ``phi35.fused``.
+        fused: take it by ``phi35.fused``. Without gradients on a GPU always: one kernel in place of three.
     """
 
     fused = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Any shape."""
-        if self.fused:
+        if self.fused or (hidden_states.is_cuda and not torch.is_grad_enabled() and uses_kernels(hidden_states)):
             return activate(hidden_states, "quick_gelu")
         return hidden_states * torch.sigmoid(1.702 * hidden_states)
 
@@ -91,12 +93,24 @@ class ClipVisionTower(VisionTransformer):
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, *side):
             raise ValueError(f"expected pixel_values (C, 3, {side[0]}, {side[1]}), got {tuple(pixel_values.shape)}")
         weight = self.patch_embed.proj.weight
-        intermediates = self.forward_intermediates(
-            pixel_values.to(device=weight.device, dtype=weight.dtype),
-            indices=[self._last_used_block],
-            stop_early=True,
-            output_fmt="NLC",
-            intermediates_only=True,
-        )
+        with _fast_attention(weight.is_cuda and not torch.is_grad_enabled()):
+            intermediates = self.forward_intermediates(
+                pixel_values.to(device=weight.device, dtype=weight.dtype),
+                indices=[self._last_used_block],
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
         assert isinstance(intermediates, list)
         return intermediates[0]
+
+
+def _fast_attention(wanted: bool) -> contextlib.AbstractContextManager[None]:
+    """Prefer cuDNN's attention, then flash attention, where they take the inputs."""
+    backends = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(backends, set_priority=True) if wanted else contextlib.nullcontext()
