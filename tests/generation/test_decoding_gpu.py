@@ -78,9 +78,9 @@ def test_drafts_through_graphs_give_the_plain_loops_text(name: str, rows: int, m
     monkeypatch.setattr(captured_feed, "FIRST_TOKENS", 4)
     monkeypatch.setattr(captured_feed, "WORTH_A_CAPTURE", 0)
     changes = {"initializer_range": 0.06, "vocab_size": 40, "eos_token_id": 39, "pad_token_id": 39}
-    model = phi35.create(
-        name, seed=0, original_max_position_embeddings=64, stop_token_ids=(39,), device="cuda", dtype="fp32", **changes
-    )
+    if name != "tiny-phi-3-mini-4k":
+        changes["original_max_position_embeddings"] = 64
+    model = phi35.create(name, seed=0, stop_token_ids=(39,), device="cuda", dtype="fp32", **changes)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -133,21 +133,32 @@ def test_a_kept_step_serves_the_next_call() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batched_requests_get_their_own_text(dtype: torch.dtype) -> None:
-    """Graphs over pages; in bfloat16 the first token alone, before rounding tells the ways apart."""
+    """Graphs over pages; in bfloat16, where rounding tells the ways apart, greedy tokens are near the best.
+
+    Half a standard deviation of the logits is about four times what rounding does to them (6 % of their norm).
+    """
     model = tiny("tiny-phi-3.5-mini").to("cuda", dtype)
     batcher = Batcher(model, max_rows=4, max_tokens=1024, chunk_size=32)
     assert batcher.mode == "graphs"
-    lengths, count = (5, 28, 40, 70, 12, 90), 24 if dtype == torch.float32 else 1
+    lengths, count = (5, 28, 40, 70, 12, 90), 24
     prompts = [batch_of(length)["input_ids"] for length in lengths]
-    options = [{"temperature": 0.9, "seed": n} if n % 2 else {} for n in range(len(lengths))]
+    exact = dtype == torch.float32
+    options = [{"temperature": 0.9, "seed": n} if n % 2 and exact else {} for n in range(len(lengths))]
     for ids, one in zip(prompts, options, strict=True):
         batcher.submit(ids, max_new_tokens=count, stop_token_ids=(), **one)
     found: dict[int, list[int]] = {}
     for emitted in batcher.run():
         found.setdefault(emitted.request, []).append(emitted.token_id)
     for number, (ids, one) in enumerate(zip(prompts, options, strict=True)):
-        out = generate(model, ids, max_new_tokens=count, stop_token_ids=(), fast=False, **one)
-        assert found[number] == out[0, ids.shape[1] :].tolist()
+        if exact:
+            out = generate(model, ids, max_new_tokens=count, stop_token_ids=(), fast=False, **one)
+            assert found[number] == out[0, ids.shape[1] :].tolist()
+            continue
+        for step in range(count):
+            text = torch.cat((ids, torch.tensor([found[number][:step]], dtype=torch.int64)), dim=1)
+            with torch.no_grad():
+                logits = model(text.cuda(), logits_to_keep=1).logits[0, -1].float()
+            assert logits[found[number][step]] > logits.max() - 0.5 * logits.std()
     assert batcher.cache.num_free == batcher.cache.num_pages
 
 
