@@ -18,6 +18,8 @@ from torch import nn
 
 from moe.copy_stream import CopyStream, pin
 
+FEW_TOKENS = 64
+"""Up to so many rows the CUDA kernels of plain and of quantized experts are others than beyond."""
 SPECULATED_TOKENS = 4
 """Most tokens of a pass for which the next layer's experts are guessed."""
 
@@ -128,7 +130,8 @@ class OffloadedExperts(nn.Module):
     ) -> torch.Tensor:
         """The same sum where not all wanted experts have a place at once.
 
-        Each choice's row is kept in the tokens' dtype and weighted in float32 at the end, as ``experts.combine`` does.
+        Each choice's row is kept in the tokens' dtype and weighted in float32 at the end, as ``experts.combine`` does
+        and the CUDA kernels for many rows; those for few add rows that were not rounded.
         """
         from moe.experts import combine
 
@@ -148,7 +151,12 @@ class OffloadedExperts(nn.Module):
             places = torch.cat(
                 [torch.full((len(part), 1), self._place_of[one]) for part, one in zip(parts, experts, strict=True)]
             )
-            pairs = torch.cat(parts).to(device)
+            pairs = torch.cat(parts)
+            if device.type == "cuda" and len(pairs) <= FEW_TOKENS < num_tokens:
+                # The same row several times: in place all rows go through the kernels for many, which round otherwise.
+                more = FEW_TOKENS + 1 - len(pairs)
+                pairs, places = (torch.cat((one, one[-1:].expand(more, *one.shape[1:]))) for one in (pairs, places))
+            pairs = pairs.to(device)
             ones = weights.new_ones((len(pairs), 1))
             rows[pairs] = self._run(experts, hidden_states[pairs // top_k], places.to(device), ones)
             if not early:
