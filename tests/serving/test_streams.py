@@ -59,9 +59,9 @@ async def one_stream(client: openai.AsyncOpenAI, number: int) -> str:
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc to read the memory in use")
 def test_two_hundred_streams_at_once_each_get_their_own_text_and_memory_stays() -> None:
-    """200 different prompts over 64 rows, twice; a third of the third round's streams is left after two chunks.
+    """200 different prompts over 64 rows, three times; a third of the second round's streams is left after two chunks.
 
-    Measured growth after the first round: below 1 MB.
+    Measured growth after the first round: 0.8 to 1.2 MB of 790.
     """
     model, processor = tiny_model()
     prompts = [question(number) for number in range(STREAMS)]
@@ -83,7 +83,7 @@ def test_two_hundred_streams_at_once_each_get_their_own_text_and_memory_stays() 
     async def clients(server: LiveServer) -> list[float]:
         used = []
         async with server.async_client() as client:
-            for left in (0, 0, STREAMS // 3, 0):
+            for left in (0, STREAMS // 3, 0):
                 streams = [one_stream(client, number) for number in range(left, STREAMS)]
                 texts, _ = await asyncio.gather(
                     asyncio.gather(*streams), asyncio.gather(*(leave(client, number) for number in range(left)))
