@@ -1,7 +1,7 @@
 """Configs of transformers that hold this package's own."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedConfig
@@ -26,13 +26,18 @@ class WrappedConfig(PreTrainedConfig):
             ``router_aux_loss_coef``, to its loss.
     """
 
+    attribute_map = {"num_experts": "num_local_experts"}
+    auto_map: ClassVar[dict[str, str]] = {}
+    """No remote code."""
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "router_logits"]
     model_config: Any = None
     output_router_logits: bool = False
 
     @classmethod
     def of(cls, model_config: ModelConfig) -> Any:
         """The config around one of this package."""
-        config = cls(architectures=[ARCHITECTURES[cls.model_type]])
+        # A name that transformers itself has would make trainers build its class, not ours.
+        config = cls(architectures=[f"phi35.{ARCHITECTURES[cls.model_type]}"])
         config.hold(model_config)
         config.output_router_logits = False
         config.use_cache = True
@@ -43,6 +48,8 @@ class WrappedConfig(PreTrainedConfig):
         self.model_config = model_config
         for name in COPIED:
             setattr(self, name, getattr(model_config, name))
+        if model_config.vision is not None:
+            self.image_token_id = model_config.vision.image_token_id
 
     def current(self) -> ModelConfig:
         """The config of this package, with the fields that were set on this one since.
@@ -61,10 +68,11 @@ class WrappedConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
         """The config of a ``config.json``.
 
-        Options that name a field change it; with ``return_unused_kwargs`` the others come back, else they are refused.
+        Options that name a field change it; with ``return_unused_kwargs`` the others come back. Without, they are not
+        for the config (``AutoProcessor`` hands its own on to here) and stay without effect.
 
         Raises:
-            ValueError: as ``phi35.config_io.from_hf_dict``, for values that do not fit, and for unknown options.
+            ValueError: as ``phi35.config_io.from_hf_dict``, and for values that do not fit.
         """
         options.pop("_from_auto", None)
         unused = options.pop("return_unused_kwargs", False)
@@ -75,9 +83,6 @@ class WrappedConfig(PreTrainedConfig):
         for key in [key for key in options if key in (*COPIED, "use_cache", "output_router_logits")]:
             setattr(config, key, options.pop(key))
         config.current()
-        unknown = sorted(key for key, value in options.items() if not key.startswith("_") and value is not None)
-        if unknown and not unused and set(unknown) - {"dtype", "torch_dtype", "trust_remote_code"}:
-            raise ValueError(f"unknown config fields {unknown}; known are {sorted(COPIED)}")
         return (config, options) if unused else config
 
     def to_dict(self) -> dict[str, Any]:

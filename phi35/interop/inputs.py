@@ -1,5 +1,7 @@
 """Inputs as libraries around transformers shape them, put into the form of this package's models."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -30,11 +32,27 @@ def packed_crops(causal_lm: CausalLM, pixel_values: torch.Tensor, image_sizes: t
     return torch.cat([image[:count] for image, count in zip(pixel_values, counts, strict=True)])
 
 
-def packed_lengths(position_ids: torch.Tensor) -> torch.Tensor | None:
+_FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+def sample_ends(flattened: dict[str, Any]) -> torch.Tensor | None:
+    """Where the samples of the only row begin and end, of what flattening collators say of it.
+
+    Raises:
+        TypeError: for any other argument.
+    """
+    unknown = sorted(set(flattened) - _FLATTENED)
+    if unknown:
+        raise TypeError(f"unexpected arguments {unknown}")
+    return flattened.get("cu_seq_lens_q")
+
+
+def packed_lengths(position_ids: torch.Tensor | None, ends: torch.Tensor | None = None) -> torch.Tensor | None:
     """Lengths (B, S) of the samples that stand one after another in each row, filled up with zeros.
 
     Args:
-        position_ids: (B, T) positions that begin at 0 with each sample.
+        position_ids: (B, T) positions that begin at 0 with each sample; or
+        ends: (S + 1,) where the samples of the only row begin and end, as flattening collators give it.
 
     Returns:
         None where every row holds one sample or the positions are of another kind.
@@ -42,6 +60,10 @@ def packed_lengths(position_ids: torch.Tensor) -> torch.Tensor | None:
     Raises:
         ValueError: if positions begin anew and do not count up from 0.
     """
+    if ends is not None:
+        return torch.diff(ends.long()).cpu()[None]
+    if position_ids is None:
+        return None
     if position_ids.dim() != 2:
         raise ValueError(f"position_ids must be (B, T), got {tuple(position_ids.shape)}")
     starts = position_ids == 0

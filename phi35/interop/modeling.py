@@ -8,9 +8,10 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from phi35.config_io import ARCHITECTURES, to_generation_dict
+from phi35.interop.backbone import Backbone
 from phi35.interop.configuration import WrappedConfig, config_class
 from phi35.interop.generation import Generation, check_cache
-from phi35.interop.inputs import packed_crops, packed_lengths
+from phi35.interop.inputs import packed_crops, packed_lengths, sample_ends
 from phi35.interop.pretrained import Folders, refuse
 from phi35.interop.results import layer_states, model_output
 from phi35.language_model_head import LanguageModelHead, loss_from_logits, shift_labels
@@ -63,6 +64,7 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
         return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         cache: Any = None,
+        **flattened: Any,
     ) -> Any:
         """One pass; arguments as of ``CausalLM.forward`` save the following.
 
@@ -77,12 +79,16 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
             num_items_in_batch: labels of all micro-batches of a step: the loss is a sum divided by it, and the
                 balancing loss counts by this batch's share of them.
 
+            **flattened: ``cu_seq_lens_q`` (S + 1,), where the samples of the only row begin and end, in place of such
+                positions; the other arguments of flattening collators say the same once more.
+
         Returns:
             transformers' output of a (sparse) causal model, as a tuple with ``return_dict=False``.
 
         Raises:
             ValueError: for what is not supported, and as ``CausalLM.forward``.
         """
+        ends = sample_ends(flattened)
         refuse({"output_attentions": output_attentions}, "forward")
         if not isinstance(logits_to_keep, int):
             raise ValueError("logits_to_keep must be a whole number: the last n positions, or 0 for all")
@@ -96,8 +102,8 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
         if pixel_values is not None and pixel_values.dim() == 5:
             pixel_values = packed_crops(self.causal_lm, pixel_values, image_sizes)
         lengths = None
-        if position_ids is not None and cache is None and attention_mask is None:
-            lengths = packed_lengths(position_ids)
+        if cache is None and attention_mask is None:
+            lengths = packed_lengths(position_ids, ends)
         targets = None
         if labels is not None:
             targets = shift_labels(labels if lengths is None else ignore_first_tokens(labels, lengths))
@@ -129,18 +135,52 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
         )
         return result.to_tuple() if return_dict is False else result
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute layers in the backward pass.
+
+        Args:
+            activation_checkpointing_kwargs: ``use_reentrant`` (by default False) picks torch's form.
+            every_n_layers: 1: all of them.
+            offload: not supported.
+
+        Raises:
+            ValueError: for other options.
+        """
+        given = dict(activation_checkpointing_kwargs or {})
+        reentrant = given.pop("use_reentrant", False)
+        others = {"offload": offload, "every_n_layers": every_n_layers if every_n_layers != 1 else None}
+        refuse(given | others, "gradient checkpointing")
+        self.causal_lm.gradient_checkpointing = "reentrant" if reentrant else True
+        if reentrant:  # torch's older form gives no gradient where no input wants one, as under adapters
+            self.enable_input_require_grads()
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self.causal_lm.gradient_checkpointing = False
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recompute layers in the backward pass; ``use_reentrant`` (by default False) picks torch's form."""
-        given = dict(gradient_checkpointing_kwargs or {})
-        reentrant = given.pop("use_reentrant", False)
-        refuse(given | options, "gradient_checkpointing_enable")
-        self.causal_lm.gradient_checkpointing = "reentrant" if reentrant else True
+        """The older name of ``activation_checkpointing_enable``."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
-        self.causal_lm.gradient_checkpointing = False
+        """The older name of ``activation_checkpointing_disable``."""
+        self.activation_checkpointing_disable()
+
+    @property
+    def base_model(self) -> Backbone:  # type: ignore[override]
+        """The decoder without the head."""
+        return Backbone(self.causal_lm)
+
+    def get_decoder(self) -> nn.Module:
+        """The decoder's module."""
+        return self.causal_lm.model
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""

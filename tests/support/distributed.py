@@ -46,7 +46,6 @@ PRELOADED = (
     "moe.presets",
     "vision.presets",
     "vision.embedding",
-    "phi35.adapters.layers",  # brings in PEFT, five seconds of import
 )
 _PR_SET_PDEATHSIG = 1
 
