@@ -60,11 +60,17 @@ class Conversation:
     Args:
         model: (model, processor).
         system: text of a system turn, or None.
-        **options: of ``phi35.generate``.
+        **options: of decoding (``phi35.generation.decoding.DecodingOptions``).
+
+    Attributes:
+        reader: keeps the turns that the model has read, so that each new turn reads what is new.
     """
 
     def __init__(self, model: tuple[Any, Any], system: str | None = None, **options: Any) -> None:
+        from phi35.generation.growing_prompts import GrowingPrompts
+
         self.model, self.system, self.options = model, system, options
+        self.reader = GrowingPrompts(*model, kv_cache_dtype=self.options.pop("kv_cache_dtype", None))
         self.reset()
 
     def reset(self) -> None:
@@ -106,16 +112,12 @@ class Conversation:
 
         tags = "".join(image_tag(number + 1) + "\n" for number in range(self._num_shown, len(self.images)))
         turn = {"role": "user", "content": tags + question}
+        processor = self.model[1]
+        messages = [*self.messages, turn]
+        text, images = api.chat_text(processor, messages, self.images or None, self.system)
+        api.refuse_tags_without_images(processor, text)
         pieces = []
-        stream: Any = api.generate(
-            messages=[*self.messages, turn],
-            images=self.images or None,
-            model=self.model,
-            system=self.system,
-            stream=True,
-            **self.options,
-        )
-        for piece in stream:
+        for piece in self.reader.answer(processor(text, images=images), **self.options):
             pieces.append(piece)
             yield piece
         self.messages += [turn, {"role": "assistant", "content": "".join(pieces)}]
