@@ -28,7 +28,10 @@ PADDED = 2**40
 """Place of a padded token: after all real ones, so that those never see it, while padding sees itself."""
 
 FLEX_QUERY_BLOCK = 128
-"""Queries that FlexAttention works on at once; of the keys it takes one block of the pattern."""
+"""Queries that FlexAttention works on at once."""
+
+FLEX_KEY_BLOCK = {False: 64, True: 128}
+"""Keys likewise, without and with gradients: of torch 2.11's backward kernels for Hopper none takes fewer than 128."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,7 @@ class BlockSparsePlan:
         keys: (B or 1, n) int64 places of the keys.
         heads: numbers of the first head that this process attends with and of the one after its last.
         mask: (B or 1, H, T, n) bool, where it is small enough to be kept.
-        flex: FlexAttention's mask, and the function, compiled; where it serves.
+        flex: FlexAttention as a function of queries, keys, values and scale; where it serves.
     """
 
     pattern: BlockPattern
@@ -97,7 +100,7 @@ class BlockSparsePlan:
     keys: torch.Tensor
     heads: tuple[int, int]
     mask: torch.Tensor | None = None
-    flex: tuple[Any, Callable[..., Any]] | None = None
+    flex: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +145,10 @@ def plan_sequence(
     queries = torch.arange(first, first + num_queries, device=device)[None]
     keys = torch.arange(num_keys, device=device)[None]
     plan = BlockSparsePlan(pattern=pattern, queries=queries, keys=keys, heads=heads)
-    if device.type == "cuda" and num_queries >= FLEX_QUERY_BLOCK:
-        mask = flex_mask(pattern, heads, first, num_queries, num_keys, device)
-        return dataclasses.replace(plan, flex=(mask, compiled_flex()))
+    if device.type == "cuda" and num_queries >= FLEX_QUERY_BLOCK and 128 % pattern.block_size == 0:
+        gradients = torch.is_grad_enabled()
+        mask = flex_mask(pattern, heads, first, num_queries, num_keys, device, FLEX_KEY_BLOCK[gradients])
+        return dataclasses.replace(plan, flex=_flex_function(mask, {} if gradients else _FORWARD_TILES))
     return _with_mask(plan)
 
 
@@ -197,11 +201,7 @@ def attend_block_sparse(
         return _sample_by_sample(queries, keys, values, plan, scale, dropout)
     gqa = keys.shape[1] != queries.shape[1]
     if plan.flex is not None and not dropout:
-        block_mask, attend = plan.flex
-        attended: torch.Tensor = attend(
-            queries, keys, values, block_mask=block_mask, scale=scale, enable_gqa=gqa, kernel_options=_FLEX_OPTIONS
-        )
-        return attended
+        return plan.flex(queries, keys, values, scale)
     length, rows = queries.shape[2], queries.shape[2]
     if plan.mask is None:
         rows = max(1, MASK_ELEMENTS // (plan.queries.shape[0] * queries.shape[1] * keys.shape[2]))
@@ -217,22 +217,28 @@ def attend_block_sparse(
 
 
 def flex_mask(
-    pattern: BlockPattern, heads: tuple[int, int], first: int, num_queries: int, num_keys: int, device: torch.device
+    pattern: BlockPattern,
+    heads: tuple[int, int],
+    first: int,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device,
+    key_block: int,
 ) -> Any:
     """FlexAttention's form of the pattern, worked out block by block: no mask of single tokens is made.
 
-    Arguments as of ``plan_sequence``.
+    Arguments as of ``plan_sequence``; ``key_block`` is a number of keys that the pattern's block size divides.
 
     Returns:
         A ``BlockMask`` of one row and H heads.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    size = pattern.block_size
+    size, columns = pattern.block_size, -(-num_keys // key_block)
     starts = torch.arange(first, first + num_queries, FLEX_QUERY_BLOCK, device=device)[:, None]
     ends = (starts + FLEX_QUERY_BLOCK - 1).clamp(max=first + num_queries - 1)
     numbers = torch.arange(*heads, device=device)[:, None, None]
-    key_starts = torch.arange(0, num_keys, size, device=device)
+    key_starts = torch.arange(0, columns * key_block, size, device=device)
     # Queries of a flex block lie in few blocks of the pattern: seen by any of them, seen whole by all of them.
     seen = torch.zeros((), dtype=torch.bool, device=device)
     whole = torch.ones((), dtype=torch.bool, device=device)
@@ -241,7 +247,8 @@ def flex_mask(
         in_sight = pattern.sees(numbers, queries // size * size + size - 1, key_starts)
         seen, whole = seen | in_sight, whole & in_sight
     whole = whole & (key_starts + size - 1 <= starts) & (key_starts + size <= num_keys)
-    partial = seen & ~whole
+    seen = seen.unflatten(-1, (columns, -1)).any(dim=-1)
+    whole = whole.unflatten(-1, (columns, -1)).all(dim=-1)
     # As tensors: another number would mean another kernel.
     place, head = torch.tensor(first, device=device), torch.tensor(heads[0], device=device)
 
@@ -249,9 +256,9 @@ def flex_mask(
         return pattern.sees(h + head, q + place, k)
 
     return BlockMask.from_kv_blocks(
-        *_ordered(partial),
+        *_ordered(seen & ~whole),
         *_ordered(whole),
-        BLOCK_SIZE=(FLEX_QUERY_BLOCK, size),
+        BLOCK_SIZE=(FLEX_QUERY_BLOCK, key_block),
         mask_mod=mask_mod,
         seq_lengths=(num_queries, num_keys),
     )
@@ -265,15 +272,21 @@ def compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-# Tiles of the kernels, forward and backward: no larger than the blocks of the mask.
-_FLEX_OPTIONS = {
-    "BLOCK_M": 128,
-    "BLOCK_N": 64,
-    "BLOCK_M1": 64,
-    "BLOCK_N1": 64,
-    "BLOCK_M2": 64,
-    "BLOCK_N2": 64,
-}
+_FORWARD_TILES = {"BLOCK_M": 128, "BLOCK_N": 64}
+"""No larger than the blocks of the mask."""
+
+
+def _flex_function(block_mask: Any, tiles: dict[str, int]) -> Callable[..., torch.Tensor]:
+    attend = compiled_flex()
+
+    def flex(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None) -> torch.Tensor:
+        gqa = keys.shape[1] != queries.shape[1]
+        attended: torch.Tensor = attend(
+            queries, keys, values, block_mask=block_mask, scale=scale, enable_gqa=gqa, kernel_options=tiles or None
+        )
+        return attended
+
+    return flex
 
 
 def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

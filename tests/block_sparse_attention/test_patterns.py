@@ -105,12 +105,13 @@ def test_padding_is_seen_by_padding_alone():
 @pytest.mark.parametrize(
     ("first", "length", "num_keys"), [(0, 300, 300), (64, 200, 264), (37, 129, 166), (299, 128, 427), (0, 128, 128)]
 )
-def test_flex_attentions_blocks_hold_what_is_seen(first, length, num_keys):
+@pytest.mark.parametrize("key_block", [16, 64])
+def test_flex_attentions_blocks_hold_what_is_seen(first, length, num_keys, key_block):
     """Blocks called whole are seen by every query in them, blocks left out by none, and the rest asks the rule."""
-    mask = block_sparse.flex_mask(SMALL, (0, 4), first, length, num_keys, CPU)
+    mask = block_sparse.flex_mask(SMALL, (0, 4), first, length, num_keys, CPU, key_block)
     exact = plan_sequence(SMALL, (0, 4), first, length, num_keys, CPU).mask[0]
     assert mask.shape == (1, 4, length, num_keys)
-    rows, columns = -(-length // 128), -(-num_keys // 16)
+    rows, columns = -(-length // 128), -(-num_keys // key_block)
     kinds = {}
     for kind, counts, order in (
         ("partial", mask.kv_num_blocks, mask.kv_indices),
@@ -126,17 +127,17 @@ def test_flex_attentions_blocks_hold_what_is_seen(first, length, num_keys):
     for head in range(4):
         for row in range(rows):
             for column in range(columns):
-                part = exact[head, row * 128 : row * 128 + 128, column * 16 : column * 16 + 16]
+                part = exact[head, row * 128 : row * 128 + 128, column * key_block : (column + 1) * key_block]
                 block = head, row, column
                 if block in kinds["whole"]:
-                    assert part.all() and part.shape[1] == 16
+                    assert part.all() and part.shape[1] == key_block
                 elif block not in kinds["partial"]:
                     assert not part.any()
                 else:
                     assert part.any()
     heads, queries, keys = torch.arange(4)[:, None, None], torch.arange(length)[:, None], torch.arange(num_keys)
     assert torch.equal(mask.mask_mod(torch.tensor(0), heads, queries, keys), exact)
-    if first == 0 and length > 128:
+    if first == 0 and length > 128 and key_block == 16:
         assert kinds["whole"] and len(kinds["partial"]) + len(kinds["whole"]) < 4 * rows * columns * 0.6
 
 
@@ -148,7 +149,7 @@ def test_flex_attention_gives_what_the_exact_mask_gives():
     keys, values = torch.randn(2, 1, 2, 200, 16, generator=generator)
     plan = plan_sequence(SMALL, (0, 4), 70, 130, 200, CPU)
     expected = attend_block_sparse(queries, keys, values, plan, scale=0.3)
-    mask = block_sparse.flex_mask(SMALL, (0, 4), 70, 130, 200, CPU)
+    mask = block_sparse.flex_mask(SMALL, (0, 4), 70, 130, 200, CPU, 64)
     with pytest.warns(UserWarning, match="without torch.compile"):
         found = flex_attention(queries, keys, values, block_mask=mask, scale=0.3, enable_gqa=True)
     # 2e-7 measured.
