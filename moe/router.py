@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from phi35.config import ROUTER_TYPES, ModelConfig
-from phi35.fused import wide_product
+from phi35.fused import uses_kernels, wide_product
 from phi35.outputs import RouterOutput
+from phi35.registry import resolve
 
 MIDPOINT_LOW = 0.3333
 """c of a sample that is neither the likeliest expert nor kept by the coin (Heun's third-order rule)."""
@@ -280,6 +281,33 @@ class _MixerWeight(torch.autograd.Function):
         return grad_outputs[0] * weight * direction, None, None, None
 
 
+class _FusedChoice(torch.autograd.Function):
+    """``_sparsemixer`` in training without a selection bias, by two kernels, from the same noise."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: torch.Tensor, jitter_eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        exponentials, coins = [], []
+        for choice in range(2):
+            exponentials.append(torch.empty_like(scores).exponential_())
+            coins.append(torch.rand_like(scores[:, :1]))
+            if choice == 1:  # as in ``_choose``
+                coins[1].uniform_()
+        factors = MIDPOINT_LOW, MIDPOINT_LOW + MIDPOINT_SPAN
+        choose = resolve("moe.kernels.mixer:choose")
+        found = choose(scores, tuple(exponentials), tuple(coins), jitter_eps, MIDPOINT_THRESHOLD, factors)
+        indices, weights, chances = found
+        ctx.save_for_backward(scores, indices)
+        ctx.jitter_eps = jitter_eps
+        ctx.mark_non_differentiable(indices, chances)
+        return indices, weights, chances
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        scores, indices = ctx.saved_tensors
+        return resolve("moe.kernels.mixer:choose_backward")(grad_outputs[1], scores, indices, ctx.jitter_eps), None
+
+
 class _Bfloat16Scores(torch.autograd.Function):
     """float32 scores of bfloat16 tokens without a float32 copy of these.
 
@@ -305,6 +333,9 @@ def _sparsemixer(
     scores: torch.Tensor, jitter_eps: float, training: bool, selection_bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(N, 2) experts, their weights p c, and p without gradient."""
+    if training and selection_bias is None and _is_fused(scores):
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _FusedChoice.apply(scores.contiguous(), jitter_eps)
+        return found
     first, first_weight, first_chance = _choose(scores, scores, jitter_eps, training, selection_bias)
     without_first = scores.scatter(1, first, float("-inf"))
     second, second_weight, second_chance = _choose(
@@ -315,6 +346,12 @@ def _sparsemixer(
         torch.cat((first_weight, second_weight), dim=1),
         torch.cat((first_chance, second_chance), dim=1),
     )
+
+
+def _is_fused(scores: torch.Tensor) -> bool:
+    """Whether the kernels take the scores."""
+    plain = scores.dtype != torch.float32 or scores.shape[1] > 128 or torch.compiler.is_compiling()
+    return not plain and uses_kernels(scores)
 
 
 def _choose(

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from moe.kernels import decode, expert_rows, grouped_gemm, hopper_gemm, hopper_weights, routing, rows, tuning  # noqa: E402
+from moe.kernels import decode, expert_rows, grouped_gemm, hopper_gemm, hopper_weights, mixer, routing, rows, tuning  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") == "1", reason="the interpreter replaces the compiler"
@@ -179,3 +179,14 @@ def test_spread_of_rows_between_processes(tmp_path: Path) -> None:
     arguments |= pointers("starts", "counts", "half_experts") | numbers("num_arrived", "width")
     constants = {"TOP_K": 2, "ALIGN": 64, "CHUNK": 2048}
     assert_fits(compiled(expert_rows._spread_kernel, ASTSource, arguments, constants, num_warps=4), tmp_path, None)
+
+
+def test_sparsemixers_choice(tmp_path: Path) -> None:
+    inputs = ("scores", "exponentials1", "exponentials2", "coins1", "coins2", "weights", "chances")
+    arguments = dict.fromkeys(inputs, "*fp32") | {"indices": "*i64"} | numbers("num_tokens")
+    arguments |= dict.fromkeys(("threshold", "coin_threshold", "low", "high"), "fp32")
+    shape = {"NUM_EXPERTS": 16, "PADDED": 16, "TOKENS": mixer._TOKENS}
+    assert_fits(compiled(mixer._choose_kernel, ASTSource, arguments, shape, num_warps=4), tmp_path, None)
+    arguments = dict.fromkeys(("grad", "scores", "scores_grad"), "*fp32") | {"indices": "*i64", "threshold": "fp32"}
+    arguments |= numbers("num_tokens")
+    assert_fits(compiled(mixer._choose_backward_kernel, ASTSource, arguments, shape, num_warps=4), tmp_path, None)

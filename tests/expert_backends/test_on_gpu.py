@@ -121,12 +121,12 @@ def test_auto_takes_triton_where_it_runs() -> None:
 @pytest.mark.parametrize("tokens", [300, 6000])
 def test_the_kernels_leave_the_squares_of_the_gradients_they_make(tokens: int) -> None:
     """One strip and several; an expert without tokens."""
-    config = presets.get("phi-3.5-moe").replace(num_hidden_layers=1, hidden_size=2048, num_local_experts=4)
+    config = presets.get("phi-3.5-moe").replace(num_hidden_layers=1, intermediate_size=640, num_local_experts=4)
     layer = SparseMoE(config).to("cuda", torch.bfloat16).train()
     with torch.no_grad():
         layer.router.weight[3] -= 10 * layer.router.weight.abs().mean()
     norm = GradientNorm(list(layer.parameters()), ahead=True)
-    hidden_states = torch.randn(1, tokens, 2048, device="cuda", dtype=torch.bfloat16)
+    hidden_states = torch.randn(1, tokens, 4096, device="cuda", dtype=torch.bfloat16)
     for _ in range(2):
         norm.watch()
         mixed, _ = layer(hidden_states)

@@ -68,6 +68,19 @@ def test_weights_at_odd_addresses_give_the_same_bits(report: dict[str, Any]) -> 
     assert report["other"]["odd_address"] == 0
 
 
+@pytest.mark.parametrize("case", ["sharp", "flat", "negative", "two"])
+def test_sparsemixers_fused_choice_is_the_plain_one(report: dict[str, Any], case: str) -> None:
+    """The same experts from the same noise, and the gradient of the published rule."""
+    found = report["mixer"][case]
+    assert found["differing"] == 0
+    assert found["used"] == {"sharp": 16, "flat": 16, "negative": 5, "two": 2}[case]
+    assert max(found[name] for name in ("weights", "chances", "gradient")) < 1e-6  # measured: at most 1.5e-7
+
+
+def test_no_expert_is_chosen_that_is_none(report: dict[str, Any]) -> None:
+    assert 0 <= report["mixer of NaN"] < 5
+
+
 def test_operators_are_registered_as_torch_wants_them(report: dict[str, Any]) -> None:
     assert report["registration"] is True
 

@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import torch.utils.checkpoint
 
+from moe import router
 from moe.experts import loop
 from moe.kernels import decode, ops, routing
 from moe.kernels.backend import triton_kernels
@@ -138,6 +139,38 @@ def frozen_and_compiled() -> dict[str, float]:
     }
 
 
+def mixer(num_experts: int, scale: float, shift: float) -> dict[str, float]:
+    """SparseMixer's fused choice beside the plain one, from one seed."""
+    scores = torch.randn(150, num_experts, generator=torch.Generator().manual_seed(num_experts)) * scale + shift
+    scores[3] = scores[3, 0]  # all alike
+    upstream = torch.randn(150, 2, generator=torch.Generator().manual_seed(9))
+    results = []
+    for fused in (True, False):
+        mine = scores.clone().requires_grad_()
+        torch.manual_seed(5)
+        if fused:
+            found = router._FusedChoice.apply(mine, 0.01)
+        else:
+            first = router._choose(mine, mine, 0.01, True, None)
+            second = router._choose(mine, mine.scatter(1, first[0], -torch.inf), 0.01, True, None, second=True)
+            found = tuple(torch.cat(pair, dim=1) for pair in zip(first, second, strict=True))
+        (found[1] * upstream).sum().backward()
+        results.append((*found, mine.grad, torch.rand(3)))
+    assert torch.equal(results[0][-1], results[1][-1]), "the generator has moved by another distance"
+    names = ("weights", "chances", "gradient")
+    report = {name: relative(a, b) for name, a, b in zip(names, results[0][1:4], results[1][1:4], strict=True)}
+    differing = (results[0][0] != results[1][0]).float().mean()
+    used = len(torch.unique(results[0][0]))
+    return report | {"differing": float(differing), "used": used}
+
+
+def mixer_of_nan() -> float:
+    """Largest expert that is chosen for tokens whose scores are NaN, of five."""
+    indices, weights, _ = router._FusedChoice.apply(torch.full((70, 5), torch.nan), 0.01)
+    assert weights.isnan().all()
+    return float(indices.max())
+
+
 def registration() -> bool:
     """torch's own check of the operators: schema, shapes without running, gradients."""
     values, indices, act = draw("one_token")
@@ -159,4 +192,7 @@ if __name__ == "__main__":
     report["plans"] = {f"{pairs}/{experts}": plan(pairs, experts) for pairs, experts in ((3, 4), (1100, 5))}
     report["other"] = frozen_and_compiled()
     report["registration"] = registration()
+    cases = {"sharp": (16, 0.01, 0.0), "flat": (16, 0.001, 1.0), "negative": (5, 0.02, -2.0), "two": (2, 0.01, 1.0)}
+    report["mixer"] = {name: mixer(*case) for name, case in cases.items()}
+    report["mixer of NaN"] = mixer_of_nan()
     json.dump(report, sys.stdout)
