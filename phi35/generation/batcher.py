@@ -228,7 +228,7 @@ class Batcher:
                 self._begin_reading(request)
             part = min(room, len(request.row.ids) - request.num_read)
             # A request whose part is in the chunk already must not be sent back for the sake of another.
-            assert request.slot is not None and not (chunk and request.num_read)
+            assert request.slot is not None
             end = request.num_read + part
             if not (self.cache.reserve(request.slot, end) if chunk else self._make_room(request, end)):
                 break
@@ -436,7 +436,7 @@ class Batcher:
         self._register(request)
         self.cache.release(request.slot)
         request.running, request.num_read = False, 0
-        # Behind one that has been read in part: a chunk can go on with its first prompt alone.
+        # Behind one that has been read in part, which would wait for it otherwise.
         begun = bool(self._reading) and self._reading[0].num_read > 0
         self._reading.insert(int(begun), request)
 

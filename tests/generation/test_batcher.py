@@ -113,6 +113,22 @@ def test_a_request_crosses_while_a_long_prompt_has_been_read_in_part() -> None:
     assert_alike(model, gather(emitted + list(batcher.run())), wanted)
 
 
+def test_prompts_whose_beginning_is_cached_are_read_in_one_chunk() -> None:
+    """Three at once, 128 of whose tokens an earlier request has left in the cache, and one without a beginning."""
+    model = tiny()
+    batcher = Batcher(model, max_rows=4, max_tokens=2048)
+    wanted: list[tuple[torch.Tensor, dict[str, object]]] = []
+    emitted: list[Emitted] = []
+    for endings in ((3,), (5, 9, 0, 20)):
+        for length in endings:
+            ids = torch.cat((prompt(150), prompt(length))) if length else prompt(30)
+            wanted.append((ids, {"max_new_tokens": 6, "stop_token_ids": ()}))
+            batcher.submit(ids, max_new_tokens=6, stop_token_ids=())
+        emitted += list(batcher.run())
+    assert_alike(model, gather(emitted), wanted)
+    assert batcher.prefix_statistics.hit_tokens == 3 * 128
+
+
 def test_requests_that_do_not_fit_together_wait_or_begin_again() -> None:
     """Six requests of up to 150 tokens in 5 pages of 64: the youngest lose their pages and get the same text."""
     model = tiny()
