@@ -36,8 +36,8 @@ from phi35.kernels.tuning import DEFAULT, StepTuning  # noqa: E402
 
 PRESETS = {"mini": "phi-3.5-mini", "moe": "phi-3.5-moe"}
 KINDS = (None, "int8", "fp8")
-SHAPES = [(block, warps, stages) for block in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)]
-PROGRAMS = (264, 528)
+SHAPES = [(32, 4, 3), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3)]
+PROGRAMS = (264, 528, 1056)
 
 
 def main() -> None:
@@ -80,12 +80,12 @@ def steps(name: str, lengths: Sequence[int], rate: float, sweep: bool) -> list[d
     for place, length in enumerate(lengths):
         for kind in KINDS:
             tunings = {"table": DEFAULT}
-            if sweep and place == 0:
+            if sweep and place == 0 and kind is not None:
                 tunings |= {f"{shape} {programs}": shaped(shape, programs) for shape in SHAPES for programs in PROGRAMS}
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             cache = filled(model, length, kind)
-            found = [time_step(model, cache, length, rate, name, tuning) for name, tuning in tunings.items()]
+            found = [time_step(model, cache, length, rate, label, tuning) for label, tuning in tunings.items()]
             best = max(found, key=lambda row: row["tokens_per_s"])
             shared = {"model": name, "kind": kind or "bfloat16", "length": length}
             shared |= {"cache_gb": cache.nbytes / 1e9, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
@@ -106,7 +106,7 @@ def shaped(shape: tuple[int, int, int], programs: int) -> StepTuning:
     """The table with another shape of attention's programs."""
     block, warps, stages = shape
     config = AttentionConfig(block=block, num_warps=warps, num_stages=stages)
-    return replace(DEFAULT, one=config, grouped=config, programs=programs)
+    return replace(DEFAULT, grouped=config, programs=programs, coded=config, coded_programs=programs)
 
 
 def filled(model: Any, length: int, kind: str | None) -> KVCache:

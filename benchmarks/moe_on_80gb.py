@@ -6,8 +6,8 @@
     python benchmarks/moe_on_80gb.py --small                  # a tiny model: shows that it runs, on a CPU too
 
 Random weights, one row, a prompt of 512 tokens and 64 new ones, sampled at temperature 1, so that experts change from
-token to token; the second run counts. Part "check" compares eight layers in place and offloaded, bit by bit; part
-"load" writes eight layers to disk in bfloat16 and loads them in four bits. Each part runs in a process of its own, so
+token to token; the second run counts. Part "check" compares four layers in place and offloaded, bit by bit; part
+"load" writes four layers to disk in bfloat16 and loads them in four bits. Each part runs in a process of its own, so
 that the peaks of host memory are its own. Prints a table and, last, one JSON line.
 """
 
@@ -156,11 +156,11 @@ def generate(model: Any, arguments: argparse.Namespace, device: torch.device) ->
 
 @torch.no_grad()
 def check(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Eight layers in place and with 6 places of 16 each: logits of a prompt and of steps, and greedy text.
+    """Four layers in place and with 6 places of 16 each: logits of a prompt and of steps, and greedy text.
 
     Differences are the largest of a logit, over the logits' standard deviation.
     """
-    preset, changes = (SMALL, {}) if arguments.small else (PRESET, {"num_hidden_layers": 8})
+    preset, changes = (SMALL, {}) if arguments.small else (PRESET, {"num_hidden_layers": 4})
     plain = phi35.create(preset, device=device, dtype="bfloat16", seed=0, **changes)
     one = sum(tensor[0].nbytes for tensor in plain.model.layers[0].mlp.experts.parameters())
     places = 3 if arguments.small else 6
@@ -184,8 +184,8 @@ def check(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 
 def load(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Eight layers in bfloat16 from disk into four bits on the device."""
-    preset, changes = (SMALL, {}) if arguments.small else (PRESET, {"num_hidden_layers": 8})
+    """Four layers in bfloat16 from disk into four bits on the device."""
+    preset, changes = (SMALL, {}) if arguments.small else (PRESET, {"num_hidden_layers": 4})
     with tempfile.TemporaryDirectory() as folder:
         # In a process of its own, as its peaks are not loading's.
         code = (

@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from phi35.kernels import coded_attention
 from phi35.kernels.cache_codes import EXPONENT, decode, scales_of
+from phi35.kernels.coded_attention import attend_codes
 from phi35.kernels.common import launch_options, prefetch, slot_offset, wait_for_predecessor
 from phi35.kernels.configs import AttentionConfig
 from phi35.kernels.operands import LayerCache
@@ -93,6 +95,7 @@ def attend(
         LANES=config.num_warps * 32,
         AHEAD=len(ahead),
         KIND=cache.kind or "none",
+        **coded_attention.widths(head_dim),
         **launch_options(config.num_warps, pdl),
     )
 
@@ -137,6 +140,9 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr,
     AHEAD: tl.constexpr,
     KIND: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TOKENS
@@ -172,8 +178,29 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             prefetch(ahead_c, bytes_c, part, PARTS, LANES)
     wait_for_predecessor(PDL)
     scale = softmax_scale * 1.4426950408889634
-    if GROUP * TOKENS == 1:
+    if GROUP * TOKENS == 1 and KIND == "none":
         best, weight, summed = _attend_one(
+            query + place * HEAD_DIM,
+            keys,
+            values,
+            table,
+            row,
+            head,
+            capacity,
+            first,
+            start,
+            total,
+            scale,
+            NUM_KV,
+            HEAD_DIM,
+            PADDED_DIM,
+            BLOCK,
+            PAGE,
+            SPLITS,
+            STAGES,
+        )
+    elif GROUP * TOKENS == 1:
+        best, weight, summed, high = attend_codes(
             query + place * HEAD_DIM,
             keys,
             values,
@@ -190,12 +217,14 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             scale,
             NUM_KV,
             HEAD_DIM,
-            PADDED_DIM,
+            LOW,
+            HIGH,
             BLOCK,
             PAGE,
             SPLITS,
             STAGES,
             KIND,
+            ASM,
         )
     else:
         best, weight, summed = _attend_group(
@@ -228,14 +257,15 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             KIND,
         )
     members = tl.arange(0, 1 if GROUP * TOKENS == 1 else PADDED_GROUP)
-    dims = tl.arange(0, PADDED_DIM)
-    mask = (members < GROUP * TOKENS)[:, None] & (dims < HEAD_DIM)[None, :]
-    if SPLITS == 1:
-        at = _head_at(row, head, members, NUM_KV, GROUP)[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(out + at, (summed / weight[:, None]).to(out.dtype.element_ty), mask=mask)
+    shape: tl.constexpr = (NUM_KV, GROUP, TOKENS, HEAD_DIM, SPLITS)
+    if GROUP * TOKENS == 1 and KIND != "none":
+        _leave(out, sums, place, row, head, split, members, weight, summed, 0, LOW, shape)
+        if HIGH > 0:
+            _leave(out, sums, place, row, head, split, members, weight, high, LOW, HIGH, shape)
     else:
+        _leave(out, sums, place, row, head, split, members, weight, summed, 0, PADDED_DIM, shape)
+    if SPLITS > 1:
         part = (place * SPLITS + split) * (GROUP * TOKENS) + members
-        tl.store(sums + part[:, None] * HEAD_DIM + dims[None, :], summed, mask=mask)
         tl.store(scales + part * 2, best, mask=members < GROUP * TOKENS)
         tl.store(scales + part * 2 + 1, weight, mask=members < GROUP * TOKENS)
         tl.debug_barrier()
@@ -260,6 +290,37 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _leave(  # type: ignore[no-untyped-def]
+    out,
+    sums,
+    place,
+    row,
+    head,
+    split,
+    members,
+    weight,
+    summed,
+    FROM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """Store columns FROM on of the weighted values: for the program that adds the parts, or divided where none does."""
+    NUM_KV: tl.constexpr = SHAPE[0]
+    GROUP: tl.constexpr = SHAPE[1]
+    TOKENS: tl.constexpr = SHAPE[2]
+    HEAD_DIM: tl.constexpr = SHAPE[3]
+    SPLITS: tl.constexpr = SHAPE[4]
+    columns = FROM + tl.arange(0, WIDTH)
+    mask = (members < GROUP * TOKENS)[:, None] & (columns < HEAD_DIM)[None, :]
+    if SPLITS == 1:
+        at = _head_at(row, head, members, NUM_KV, GROUP)[:, None] * HEAD_DIM + columns[None, :]
+        tl.store(out + at, (summed / weight[:, None]).to(out.dtype.element_ty), mask=mask)
+    else:
+        part = (place * SPLITS + split) * (GROUP * TOKENS) + members
+        tl.store(sums + part[:, None] * HEAD_DIM + columns[None, :], summed, mask=mask)
+
+
+@triton.jit
 def _head_at(row, head, members, NUM_KV: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Which head of all queries a member is: the queries of a head of keys, token after token from ``row`` on."""
     token = row + members // GROUP
@@ -271,9 +332,6 @@ def _attend_one(  # type: ignore[no-untyped-def]
     query_at,
     keys,
     values,
-    key_scales,
-    value_scales,
-    exponent,
     table,
     row,
     head,
@@ -289,7 +347,6 @@ def _attend_one(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    KIND: tl.constexpr,
 ):
     """One query of a head of its own: maximum (1,), sum of weights (1,) and weighted values (1, d), base 2.
 
@@ -311,23 +368,14 @@ def _attend_one(  # type: ignore[no-untyped-def]
         mask = inside[:, None] & inside_dims
         key = tl.load(keys + at, mask=mask, other=0)
         value = tl.load(values + at, mask=mask, other=0)
-        if KIND == "none":
-            score = tl.sum(key.to(tl.float32) * scaled[None, :], axis=1)
-        else:
-            scales_at = offset // HEAD_DIM + lanes
-            score = tl.sum(decode(key, exponent, KIND) * scaled[None, :], axis=1)
-            score *= tl.load(key_scales + scales_at, mask=inside, other=0.0).to(tl.float32)
-            value_scale = tl.load(value_scales + scales_at, mask=inside, other=0.0).to(tl.float32)
+        score = tl.sum(key.to(tl.float32) * scaled[None, :], axis=1)
         score = tl.where(inside, score, float("-inf"))
         higher = tl.maximum(best, score)
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp2(best - finite)
         chance = tl.exp2(score - finite)
         weight = weight * shrink + chance
-        if KIND == "none":
-            summed = summed * shrink[:, None] + chance[:, None] * value.to(tl.float32)
-        else:
-            summed = summed * shrink[:, None] + (chance * value_scale)[:, None] * decode(value, exponent, KIND)
+        summed = summed * shrink[:, None] + chance[:, None] * value.to(tl.float32)
         best = higher
     top = tl.max(best, axis=0)
     shrink = tl.exp2(best - tl.where(top == float("-inf"), 0.0, top))

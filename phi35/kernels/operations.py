@@ -88,7 +88,7 @@ class BatchOperations(PlainOperations):
         self.tuning, self.pdl = tuning, False
         batch, num_kv = cache.num_rows // cache.repeats, cache.num_kv
         group = cache.repeats * (num_heads // num_kv)
-        self.attention_config = tuning.attention(batch, num_kv, group, cache.num_slots)
+        self.attention_config = tuning.attention(batch, num_kv, group, cache.num_slots, cache.kind is not None)
         splits, device = self.attention_config.splits, cache.keys.device
         self.scratch = attention.AttentionScratch(batch, num_kv, group, cache.head_dim, splits, device)
 

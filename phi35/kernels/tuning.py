@@ -22,6 +22,8 @@ class StepTuning:
         ahead_bytes: weights that attention brings into the second-level cache for the kernels to come.
         one: attention with one query a head of keys; splits are chosen by ``attention``.
         grouped: attention with several.
+        coded_programs: of attention with one query a head over eight-bit keys, which computes more for a byte.
+        coded: that attention.
     """
 
     qkv: VectorConfig = VectorConfig(4, 4)
@@ -35,15 +37,19 @@ class StepTuning:
     ahead_bytes: int = 0
     one: AttentionConfig = field(default_factory=lambda: AttentionConfig(block=32, num_stages=3))
     grouped: AttentionConfig = field(default_factory=lambda: AttentionConfig(block=64, num_stages=3))
+    coded_programs: int = 1056
+    coded: AttentionConfig = field(default_factory=lambda: AttentionConfig(block=32, num_stages=3))
 
     def add(self, width: int) -> VectorConfig:
         """Configuration of a residual product over vectors of this width."""
         return self.short_add if width <= 4096 else self.long_add
 
-    def attention(self, batch: int, num_kv: int, group: int, slots: int) -> AttentionConfig:
+    def attention(self, batch: int, num_kv: int, group: int, slots: int, coded: bool = False) -> AttentionConfig:
         """Configuration of attention: splits that fill the device, none of them shorter than two steps."""
-        config = self.one if group == 1 else self.grouped
-        wanted = 2 ** round(math.log2(max(1.0, self.programs / (batch * num_kv))))
+        config, programs = self.one if group == 1 else self.grouped, self.programs
+        if coded and group == 1:
+            config, programs = self.coded, self.coded_programs
+        wanted = 2 ** round(math.log2(max(1.0, programs / (batch * num_kv))))
         longest = max(1, slots // (2 * config.block))
         return replace(config, splits=min(wanted, 2 ** int(math.log2(longest))))
 

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from compiled_kernels import SHARED_MEMORY, compile_kernel, machine_code  # noqa: E402
 
 from moe.kernels import decode_step  # noqa: E402
-from phi35.kernels import attention, batched, sampling, vector  # noqa: E402
+from phi35.kernels import attention, batched, coded_attention, sampling, vector  # noqa: E402
 from phi35.kernels.tuning import DEFAULT  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -103,7 +103,7 @@ def test_attention_streams_keys_through_shared_memory(
     constants |= {"PADDED_TOKENS": 16 if tokens > 1 else 1, "PADDED_GROUP": 64 if group * tokens > 16 else 16}
     constants |= {"SPLITS": 8, "PADDED_SPLITS": 8, "BLOCK": config.block, "PAGE": page, "STAGES": config.num_stages}
     constants |= {"WINDOW": 0, "PREFETCHED": attention.PREFETCHED_STEPS, "PARTS": 256, "LANES": 128, "AHEAD": 3}
-    constants |= {"PDL": True, "KIND": kind}
+    constants |= {"PDL": True, "KIND": kind, **coded_attention.widths(head_dim)}
     arguments |= typed("*bf16", "ahead_a", "ahead_b", "ahead_c") | typed("i32", "bytes_a", "bytes_b", "bytes_c")
     kernel = compile_kernel(attention._attend_kernel, arguments, constants, config.num_warps)
     instructions, stack = machine_code(kernel, tmp_path)

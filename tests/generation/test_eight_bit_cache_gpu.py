@@ -68,7 +68,7 @@ def test_attention_over_codes_of_full_size_equals_the_plain_form(
             cache.store(*places, keys, values)
         query = torch.randn(2, num_kv * group * head_dim, device="cuda").to(dtype)
         lengths = torch.tensor([3000, 17], device="cuda")
-        config = DEFAULT.attention(2, num_kv, group, cache.num_slots)
+        config = DEFAULT.attention(2, num_kv, group, cache.num_slots, coded=True)
         scratch = AttentionScratch(2, num_kv, group, head_dim, config.splits, query.device)
         found, expected = torch.empty_like(query), torch.empty_like(query, dtype=torch.float32)
         attention.attend(query, cache, lengths, found, scratch, None, config, False)
