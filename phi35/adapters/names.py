@@ -61,6 +61,9 @@ class Addition:
             )
         )
         magnitude = self.magnitude
+        if placement.groups is not None:  # the rows stand in another order on disk
+            second = placement.take(second)
+            magnitude = None if magnitude is None else placement.take(magnitude[:, None])[:, 0]
         if placement.window is not None:
             second = second.narrow(*placement.window)
             magnitude = None if magnitude is None else magnitude.narrow(*placement.window)
@@ -141,7 +144,9 @@ def additions_of(
         for form in FORMS:
             spelling = plan[form].spellings[name][0]
             given = [placement for placement in spelling if placement.disk_name in found]
-            if given:
+            # One name may mean a half under one form and the whole under another (phi-3-small's up_proj).
+            sizes = [(found[one.disk_name].second.shape[-2], plan[form].disk_shape(one)[-2]) for one in given]
+            if given and (all(size == wanted for size, wanted in sizes) or form == FORMS[-1]):
                 left -= {placement.disk_name for placement in given}
                 joined[name] = _joined(name, shape, spelling, found)
                 break
@@ -243,8 +248,8 @@ def _joined(name: str, shape: tuple[int, ...], spelling: list[Placement], found:
         parts = [(one, found.get(one.disk_name)) for one in spelling if one.index == index]
         pairs.append(_joined_rows(parts, shape, scaling))
     if indices == [None]:
-        magnitudes = [found[one.disk_name].magnitude for one in spelling if one.disk_name in found]
-        given = [one for one in magnitudes if one is not None]
+        magnitudes = [(one, found[one.disk_name].magnitude) for one in spelling if one.disk_name in found]
+        given = [_in_memory_order(one, lengths) for one, lengths in magnitudes if lengths is not None]
         if given and len(given) != len(spelling):
             raise ValueError(f"the adapter has DoRA's lengths for a part of {name} alone: they cannot be joined")
         return Addition(*pairs[0], scaling, torch.cat(given) if given else None)
@@ -256,12 +261,24 @@ def _joined(name: str, shape: tuple[int, ...], spelling: list[Placement], found:
     return Addition(torch.stack([a for a, _ in padded]), torch.stack([b for _, b in padded]), scaling)
 
 
+def _in_memory_order(placement: Placement, lengths: torch.Tensor) -> torch.Tensor:
+    if placement.groups is None:
+        return lengths
+    ordered = torch.empty_like(lengths)[:, None]
+    placement.put(ordered, lengths[:, None])
+    return ordered[:, 0]
+
+
 def _joined_rows(
     parts: list[tuple[Placement, Addition | None]], shape: tuple[int, ...], scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     given = [one for _, one in parts if one is not None]
     if not given:
         return torch.zeros(0, shape[-1]), torch.zeros(shape[-2], 0)
+    if parts[0][0].groups is not None:
+        second = torch.empty_like(given[0].second)
+        parts[0][0].put(second, given[0].second)
+        return given[0].first, second
     if len(parts) == 1 and given[0].scaling == scaling and given[0].first.dim() == 2:
         return given[0].first, given[0].second
     if len(parts) == 1:
@@ -274,6 +291,11 @@ def _joined_rows(
         if one is None:
             continue
         assert placement.window is not None
+        if one.second.shape[0] != placement.window[2] or one.first.shape[1] != shape[-1]:
+            raise ValueError(
+                f"the adapter does not fit the model: {placement.disk_name} has A {tuple(one.first.shape)} and B "
+                f"{tuple(one.second.shape)} for a weight of {(placement.window[2], shape[-1])}"
+            )
         block = second.narrow(*placement.window)[:, column : column + one.rank]
         block.copy_(one.second * (one.scaling / scaling))
         column += 0 if shared else one.rank

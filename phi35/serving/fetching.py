@@ -30,13 +30,13 @@ class RefusedAddressError(Exception):
 def is_public(address: Address) -> bool:
     """Whether an address is one of the public internet, and so is what it stands for (mapped, 6to4, Teredo, NAT64)."""
     if isinstance(address, ipaddress.IPv6Address):
-        inner: list[Any] = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-        if address in NAT64:
-            inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        if address.is_site_local or not all(is_public(one) for one in inner if one is not None):
-            return False
         if address.ipv4_mapped is not None:
-            return True
+            return is_public(address.ipv4_mapped)
+        if address in NAT64:
+            return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        inner = [one for one in (address.sixtofour, *(address.teredo or ())) if one is not None]
+        if address.is_site_local or not all(map(is_public, inner)):
+            return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 

@@ -12,6 +12,9 @@ logger = logging.getLogger(__name__)
 
 FORCED_AFTER = 5.0
 """Seconds that calls may take to notice that they have been ended."""
+KEEP_ALIVE = 75
+"""Seconds that an idle connection is kept: longer than clients keep it (OpenAI's 5, proxies' 60), so that none writes a
+call into a connection that is just being closed."""
 
 
 class GracefulServer(uvicorn.Server):
@@ -36,6 +39,7 @@ class GracefulServer(uvicorn.Server):
                 port=port,
                 log_level=log_level,
                 limit_concurrency=connections,
+                timeout_keep_alive=KEEP_ALIVE,
                 timeout_graceful_shutdown=int(settings.drain_seconds + FORCED_AFTER),
                 server_header=False,
             )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from phi35 import presets
+from phi35.adapters.config import AdapterConfig
 from phi35.checkpoint.reader import StoredTensor, fill, match_headers, read_headers
 from phi35.checkpoint.rules import CheckpointPlan, Match, state_shapes
 from phi35.config import ModelConfig
@@ -62,6 +63,8 @@ def build_model(
 ) -> Any:
     """The model with the weights of the checkpoint, of the model folder, or random ones, parts of it frozen.
 
+    A run's adapter is put on it, fresh or with the checkpoint's values.
+
     Memory is allocated once, on the device and in the dtype in which the run wants each parameter, for this rank's
     experts alone. The weights are those of a whole float32 model: random ones are drawn in float32, one whole parameter
     at a time.
@@ -81,21 +84,27 @@ def build_model(
         raise ValueError(f"init_device='cuda' draws weights on a run's GPU, and this run is on {device.type}")
     model = meta_model(model_config)
     folder, stored, match = Path(config.model), None, None
-    if reader is None and (folder / "config.json").is_file():
+    # Beside an adapter the weights never change, and its checkpoints lack them.
+    whole = reader if config.adapter is None else None
+    if whole is None and (folder / "config.json").is_file():
         stored = read_headers(folder)
         match = _match(model, model_config, stored, config)
     freeze_parameters(model, config)
     shard_experts(model, config)
     allocate(model, device, lambda parameter: _weights_dtype(parameter, config))
-    if reader is not None:
-        checkpoint.load_parameters(model, reader)
+    if whole is not None:
+        checkpoint.load_parameters(model, whole, config)
     elif stored is not None and match is not None:
         fill(model, match, stored)
     else:
         drawn_on = device if config.init_device == "cuda" else torch.device("cpu")
         model.init_weights(torch.Generator(drawn_on).manual_seed(config.seed), torch.float32)
-    if config.tower is not None and reader is None:
+    if config.tower is not None and whole is None:
         resolve("vision.pretraining:load_tower")(model, config.tower)
+    if config.adapter is not None:
+        resolve("phi35.adapters.inject:add_adapter")(model, AdapterConfig.of(config.adapter), config.seed)
+        if reader is not None:
+            checkpoint.load_parameters(model, reader, config)
     return model
 
 

@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 from phi35.config import ModelConfig
+from phi35.quantization.config import QuantizationConfig, WeightFormat
 from phi35.training import checkpoint_files as files
 from phi35.training.checkpoint_files import CheckpointReader
+from phi35.training.config import TrainingConfig
 from phi35.training.console import warn
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
 from phi35.training.optimizer_state import AVERAGE, PARAMETER, OptimizerState
+from phi35.training.parameter_groups import kept_parameters
 from phi35.training.random_state import restore_random_state, seed_everything
 
 
@@ -90,13 +93,13 @@ def check_fit(reader: CheckpointReader, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 @torch.no_grad()
-def load_parameters(model: nn.Module, reader: CheckpointReader) -> None:
-    """Fills a model, whole or with its experts sharded, before the engine is built.
+def load_parameters(model: nn.Module, reader: CheckpointReader, config: TrainingConfig) -> None:
+    """Fills a model, whole or with its experts sharded, or its adapter, before the engine is built.
 
     Raises:
         ValueError: with all missing, unknown and misshapen tensors.
     """
-    parameters: dict[str, Any] = dict(model.named_parameters())
+    parameters: dict[str, Any] = dict(kept_parameters(model, config))
     shapes = {}
     for name, parameter in parameters.items():
         shard = getattr(parameter, "expert_shard", None)
@@ -157,6 +160,12 @@ def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
 
 def model_config_from_dict(values: dict[str, Any]) -> ModelConfig:
     """The inverse of ``model_config_to_dict``."""
+    if values.get("quantization") is not None:
+        formats: dict[str, Any] = {
+            name: WeightFormat(**value) if isinstance(value, dict) else value
+            for name, value in values["quantization"].items()
+        }
+        values = {**values, "quantization": QuantizationConfig(**formats)}
     return ModelConfig().replace(**values)
 
 

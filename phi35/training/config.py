@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from phi35.adapters.config import AdapterConfig
 from phi35.training.config_checks import type_problems, value_problems
 
 
@@ -36,6 +37,8 @@ class TrainingConfig:
         learning_rate: peak rate.
         learning_rates: peak rates of single parts (``PARTS``) in place of ``learning_rate``.
         freeze: parts that are not trained.
+        adapter: train a LoRA adapter and nothing else (``phi35.adapters.config.AdapterConfig``: rank, alpha, dropout,
+            targets, dora, rslora); checkpoints then hold the adapter alone, beside which ``model`` must stay.
         schedule: "cosine", "linear", "wsd" or "constant".
         warmup_steps: steps of the linear rise.
         decay_steps: steps of the last part of "wsd".
@@ -96,6 +99,8 @@ class TrainingConfig:
         peak_flops: a device's peak per second for MFU; None takes that of ``phi35.training.flops`` by its name.
         export: write the final model in Hugging Face form to ``<output_dir>/model``.
         export_average: write the average of the weights (``ema_decay``) there instead.
+        export_merged: of a run with an ``adapter``, which is written to ``<output_dir>/adapter`` in PEFT's form, write
+            the model with the adapter merged into its weights besides.
     """
 
     model: str = "tiny-phi-3.5-mini"
@@ -113,6 +118,7 @@ class TrainingConfig:
     learning_rate: float = 3e-3
     learning_rates: dict[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
+    adapter: dict[str, Any] | None = None
     schedule: str = "cosine"
     warmup_steps: int = 10
     decay_steps: int = 0
@@ -163,6 +169,7 @@ class TrainingConfig:
     peak_flops: float | None = None
     export: bool = True
     export_average: bool = False
+    export_merged: bool = False
 
     def __post_init__(self) -> None:
         for name in ("freeze", "adam_betas", "trackers"):
@@ -171,6 +178,14 @@ class TrainingConfig:
         problems = [*type_problems(self)] or [*value_problems(self)]
         if problems:
             raise ValueError("invalid training config: " + "; ".join(problems))
+
+    @property
+    def adapts_experts(self) -> bool:
+        """Whether the run's adapter sits on experts, where the model has some."""
+        if self.adapter is None:
+            return False
+        adapter = AdapterConfig.of(self.adapter)
+        return "experts" in adapter.targets if adapter.targets is not None else not adapter.dora
 
     @property
     def is_resolved(self) -> bool:
@@ -227,6 +242,8 @@ class TrainingConfig:
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size x processes"
                 f"{sharing} ({micro_batch_size} x {data_parallel_size})"
             )
+        if ep_size is None and self.adapts_experts:
+            ep_size = 1
         if ep_size is None:
             ep_size = math.gcd(world_size, num_experts) if num_experts and zero_stage < 3 else 1
         if self.router_bias_update_rate and not num_experts:
@@ -237,6 +254,8 @@ class TrainingConfig:
             problems.append(
                 f"ep_size ({ep_size}) must divide both processes ({world_size}) and experts ({num_experts})"
             )
+        if num_experts and (ep_size or 1) > 1 and self.adapts_experts:
+            problems.append("adapters of experts need whole experts on each rank: set ep_size=1, or other targets")
         if self.sequence_parallel_size > 1 and self.compile:
             problems.append("compile=true takes whole layers, and processes that share rows exchange heads within them")
         if ep_size > 1 and self.compile:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import UnionType
 from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
+from phi35.adapters.config import AdapterConfig
 from phi35.training.schedule import SCHEDULES
 from phi35.training.trackers import PACKAGES
 
@@ -45,6 +46,7 @@ def value_problems(config: "TrainingConfig") -> Iterator[str]:
         _rollback_problems,
         _evaluation_problems,
         _report_problems,
+        _adapter_problems,
     ):
         yield from subject(config)
 
@@ -160,6 +162,21 @@ def _evaluation_problems(config: "TrainingConfig") -> Iterator[str]:
         given = [name for name in ("eval_data", "eval_questions", "keep_best") if getattr(config, name)]
         if given:
             yield f"{given} have no effect without evaluations: set eval_interval"
+
+
+def _adapter_problems(config: "TrainingConfig") -> Iterator[str]:
+    if config.adapter is None:
+        if config.export_merged:
+            yield "export_merged is about an adapter: set adapter, or leave it false"
+        return
+    try:
+        AdapterConfig.of(config.adapter)
+    except (ValueError, TypeError) as error:
+        yield str(error)
+    if config.freeze:
+        yield f"freeze={list(config.freeze)} has no effect with an adapter, beside which everything is frozen"
+    if config.optimizer == "muon":
+        yield "optimizer 'muon' is for whole matrices, not for an adapter's factors: take 'adamw' or 'adamw8bit'"
 
 
 def _report_problems(config: "TrainingConfig") -> Iterator[str]:

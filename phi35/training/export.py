@@ -9,15 +9,22 @@ from typing import Any
 
 import torch
 
+from phi35.adapters.config import AdapterConfig
+from phi35.adapters.files import save_adapter, without_adapter_name
+from phi35.adapters.inject import lora_config_of
+from phi35.adapters.merging import HeldWeights, Weights, check_mergeable, merged_tensors
+from phi35.adapters.names import additions_of
 from phi35.checkpoint.rules import CheckpointPlan, Placement
-from phi35.checkpoint.streaming import check_space, check_target
+from phi35.checkpoint.streaming import StoredWeights, check_space, check_target
 from phi35.checkpoint.writer import DeferredTensor, checkpoint_bytes, write_json, write_weights
 from phi35.config import ModelConfig
 from phi35.config_io import to_generation_dict, to_hf_dict
+from phi35.meta_model import meta_model
 from phi35.processor import Processor
-from phi35.training.build import build_processor
+from phi35.training.build import build_model, build_processor
 from phi35.training.checkpoint import check_fit, model_config_from_dict
 from phi35.training.checkpoint_files import MANIFEST, TRAINER, CheckpointReader, complete_checkpoints, step_of
+from phi35.training.config import TrainingConfig
 from phi35.training.optimizer_state import AVERAGE, PARAMETER
 
 SELECTION_BIAS_FILE = "router_selection_bias.json"
@@ -34,8 +41,11 @@ def export(
     verify: bool = True,
     average: bool = False,
     best: bool = False,
+    merged: bool = False,
 ) -> Path:
-    """Writes the model of a training checkpoint as config.json, safetensors and tokenizer.
+    """Writes the model of a training checkpoint as config.json, safetensors and tokenizer, or its adapter.
+
+    Of a run with an adapter that is written in PEFT's form, beside the tokenizer.
 
     Args:
         folder: a checkpoint, or a run's folder (its newest complete checkpoint is taken).
@@ -45,6 +55,7 @@ def export(
         dtype: "float32" or "bfloat16"; by default that of the run.
         verify: compare the checkpoint's files with its SHA-256 manifest first.
         best: of a run, take the checkpoint with the lowest held-out loss (``keep_best``) instead of the newest.
+        merged: of a run with an adapter, write the model with the adapter in its weights.
         average: take the moving average of the weights in place of the weights; frozen parameters have none.
 
     Returns:
@@ -53,8 +64,6 @@ def export(
     Raises:
         ValueError: if there is no complete checkpoint, or it is damaged or without average, or the disk has no room.
     """
-    from phi35.training.config import TrainingConfig
-
     reader = CheckpointReader(find_checkpoint(folder, best), verify=verify)
     model_config = model_config_from_dict(reader.trainer["model_config"])
     config = TrainingConfig(**reader.trainer["training_config"])
@@ -66,7 +75,14 @@ def export(
     check_target(reader.folder, target)
     if average and not reader.names(AVERAGE):
         raise ValueError(f"{str(reader.folder)!r} holds no average of the weights: the run had ema_decay=0")
-    tensors = _TrainedTensors(reader, model_config, stored_as, average).deferred()
+    if config.adapter is None and merged:
+        raise ValueError(f"{str(reader.folder)!r} is of a run without an adapter: there is nothing to merge")
+    if config.adapter is not None and not merged:
+        return _export_adapter(reader, target, config, model_config, stored_as, average, processor)
+    if config.adapter is not None:
+        tensors = _merged_tensors(reader, config, model_config, stored_as, average)
+    else:
+        tensors = _TrainedTensors(reader, model_config, stored_as, average).deferred()
     check_space(target, checkpoint_bytes(tensors))
     write_weights(target, tensors)
     write_json(target / "config.json", to_hf_dict(model_config, stored_as))
@@ -112,6 +128,45 @@ class _TrainedTensors:
             read = self.reader.read(kind, name, **one).to(self.dtype)
             self._last = (key, read if index is None else read[0])
         return dataclasses.replace(placement, index=None).take(self._last[1])
+
+
+def _export_adapter(
+    reader: CheckpointReader,
+    target: Path,
+    config: TrainingConfig,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    average: bool,
+    processor: Any,
+) -> Path:
+    assert config.adapter is not None
+    base = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    tensors = {name: tensor.to(dtype) for name, tensor in _adapter_tensors(reader, average).items()}
+    save_adapter(target, tensors, AdapterConfig.of(config.adapter), model_config, base)
+    if processor is not None:
+        processor.save(target)
+    return target
+
+
+def _adapter_tensors(reader: CheckpointReader, average: bool) -> dict[str, torch.Tensor]:
+    kind = AVERAGE if average else PARAMETER
+    return {name: reader.read(kind, name) for name in sorted(reader.names(kind))}
+
+
+def _merged_tensors(
+    reader: CheckpointReader, config: TrainingConfig, model_config: ModelConfig, dtype: torch.dtype, average: bool
+) -> dict[str, DeferredTensor]:
+    """Published name -> tensor to be made of the base's and the adapter's."""
+    check_mergeable(model_config)
+    assert config.adapter is not None
+    described = lora_config_of(AdapterConfig.of(config.adapter), meta_model(model_config)).to_dict()
+    tensors = {without_adapter_name(name): tensor for name, tensor in _adapter_tensors(reader, average).items()}
+    weights: Weights
+    if (Path(config.model) / "config.json").is_file():
+        weights = StoredWeights(Path(config.model), model_config)
+    else:
+        weights = HeldWeights(build_model(config.replace(adapter=None, export_merged=False), model_config, None))
+    return merged_tensors(weights, model_config, additions_of(described, tensors, model_config), dtype)
 
 
 def _write_selection_bias(selection_bias: list[list[float]] | None, output: Path) -> None:

@@ -61,6 +61,9 @@ def freeze_parameters(model: nn.Module, config: TrainingConfig) -> list[str]:
         ValueError: if nothing is left to train.
     """
     frozen = []
+    if config.adapter is not None:
+        model.requires_grad_(False)  # the adapter comes later
+        return [name for name, _ in model.named_parameters()]
     for name, parameter in model.named_parameters():
         if part_of(name) in config.freeze:
             parameter.requires_grad_(False)
@@ -69,6 +72,12 @@ def freeze_parameters(model: nn.Module, config: TrainingConfig) -> list[str]:
     if all(not parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"freeze={list(config.freeze)} leaves nothing to train in model {config.model!r}")
     return frozen
+
+
+def kept_parameters(model: nn.Module, config: TrainingConfig) -> list[tuple[str, nn.Parameter]]:
+    """What a run's checkpoints hold: all parameters; with an adapter, beside which nothing changes, the adapter's."""
+    named = list(model.named_parameters())
+    return named if config.adapter is None else [(name, one) for name, one in named if one.requires_grad]
 
 
 def part_rates(model: nn.Module, config: TrainingConfig) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from phi35.config import ModelConfig
+from phi35.registry import resolve
 from phi35.training.engine import Engine
 from phi35.training.flops import TrainingFlops, peak_flops
 from phi35.training.metrics import Metrics
@@ -39,6 +40,9 @@ def open_metrics(engine: Engine, model_config: ModelConfig, source: Any, folder:
     skips = getattr(source, "skips", None)
     if skips is not None and engine.sequence_parallel is not None and engine.sequence_parallel.rank:
         skips = dict  # ranks that share rows leave out the same samples: the first counts them
+    adapters = None
+    if config.adapter is not None:
+        adapters = resolve("phi35.adapters.inject:active_parameters")(engine.model, model_config)
     peak = config.peak_flops
     if peak is None and place.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(place.device), config.dtype)
@@ -49,7 +53,7 @@ def open_metrics(engine: Engine, model_config: ModelConfig, source: Any, folder:
         first_step=first_step,
         log_interval=config.log_interval,
         trackers=trackers,
-        flops=TrainingFlops(model_config, config.freeze),
+        flops=TrainingFlops(model_config, config.freeze, adapters),
         peak_flops=peak,
         skips=skips,
         waited=(lambda: float(source.wait_seconds)) if hasattr(source, "wait_seconds") else None,

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phi35.adapters.config import AdapterConfig
+from phi35.adapters.merging import check_mergeable
 from phi35.config import ModelConfig
 from phi35.training import checkpoint, environment
 from phi35.training.build import build_model, build_processor, read_model_config
@@ -78,6 +80,7 @@ def train(
     check_optimizer(config)
     check_heads(config, model_config)
     check_evaluation(config, model_config)
+    _check_adapter(config, model_config)
     folder = Path(config.output_dir)
     check_shared(folder, place)
     reader = checkpoint.open_newest(folder / "checkpoints", place) if config.resume else None
@@ -138,6 +141,26 @@ def _restore(engine: Engine, source: Any, reader: CheckpointReader | None) -> in
     return int(reader.trainer["step"])
 
 
+def _check_adapter(config: TrainingConfig, model_config: ModelConfig) -> None:
+    """Checks an adapter against the model, before anything is allocated.
+
+    Raises:
+        ValueError: if it cannot be trained there, or weights in few bits are to be trained without one.
+    """
+    if config.adapter is None:
+        if model_config.quantization is not None:
+            raise ValueError(
+                f"the weights of {config.model!r} are in few bits ({model_config.quantization.label}) and cannot be "
+                "trained themselves: set adapter"
+            )
+        return
+    places = AdapterConfig.of(config.adapter).resolve(model_config)
+    if "router" in places and config.zero_stage == 3:
+        raise ValueError("an adapter of the router needs whole weights on each rank: set zero_stage 0 to 2")
+    if config.export_merged:
+        check_mergeable(model_config)
+
+
 def _check_resumable(reader: CheckpointReader, config: TrainingConfig, model_config: ModelConfig) -> None:
     saved = checkpoint.model_config_from_dict(reader.trainer["model_config"])
     if saved != model_config:
@@ -149,6 +172,12 @@ def _check_resumable(reader: CheckpointReader, config: TrainingConfig, model_con
         raise ValueError(
             f"{str(reader.folder)!r} is beyond max_steps={config.max_steps}; give more steps or another output_dir"
         )
+    adapter = reader.trainer["training_config"].get("adapter")
+    if _adapter_of(adapter) != _adapter_of(config.adapter):
+        raise ValueError(
+            f"{str(reader.folder)!r} holds adapter={adapter}, this run has {config.adapter}: keep it, or give another "
+            "output_dir"
+        )
     optimizer = reader.trainer["training_config"].get("optimizer", "adamw")
     moments_differ = "muon" in (optimizer, config.optimizer)
     if optimizer != config.optimizer and moments_differ:
@@ -156,6 +185,10 @@ def _check_resumable(reader: CheckpointReader, config: TrainingConfig, model_con
             f"{str(reader.folder)!r} holds the moments of optimizer {optimizer!r}, this run has {config.optimizer!r}: "
             "keep it, or start a new run from the exported model (scripts/export_checkpoint.py)"
         )
+
+
+def _adapter_of(values: dict[str, Any] | None) -> AdapterConfig | None:
+    return None if values is None else AdapterConfig.of(values)
 
 
 def _finish(config: TrainingConfig, processor: Any, metrics: Metrics, folder: Path, last: Path) -> RunSummary:
@@ -167,8 +200,13 @@ def _finish(config: TrainingConfig, processor: Any, metrics: Metrics, folder: Pa
     if metrics.heat_map_path.is_file():
         written["experts"] = metrics.heat_map_path
     if config.export:
-        written["model"] = folder / "model"
-        export(last, written["model"], processor=processor, verify=False, average=config.export_average)
+        options = {"processor": processor, "verify": False, "average": config.export_average}
+        if config.adapter is None or config.export_merged:
+            written["model"] = folder / "model"
+            export(last, written["model"], merged=config.export_merged, **options)
+        if config.adapter is not None:
+            written["adapter"] = folder / "adapter"
+            export(last, written["adapter"], **options)
     losses = [line["loss"] for line in history if line["loss"] is not None] or [float("nan")]
     later = history[len(history) // 2 :]
     summary = RunSummary(

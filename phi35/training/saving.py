@@ -21,6 +21,7 @@ from phi35.training.console import warn
 from phi35.training.engine import Engine
 from phi35.training.environment import Environment
 from phi35.training.optimizer_state import OptimizerState
+from phi35.training.parameter_groups import kept_parameters
 from phi35.training.random_state import random_state
 from phi35.training.tensor_writer import HostBuffers, TensorWriter, write_hashed
 
@@ -150,11 +151,10 @@ class CheckpointSaver:
     @torch.no_grad()
     def _copy(self, writing: "_Writing", optimizer: OptimizerState) -> TensorWriter:
         """Gathers all tensors, in the same order on every rank, and copies this rank's share of them."""
-        mine = dict(shares(self.engine.model.named_parameters(), self.environment, self.engine.config.ep_size or 1))
+        kept = kept_parameters(self.engine.model, self.engine.config)
+        mine = dict(shares(kept, self.environment, self.engine.config.ep_size or 1))
         expected = sum(
-            4 * _numel(parameter) * len(optimizer.kinds_of(parameter))
-            for name, parameter in self.engine.model.named_parameters()
-            if mine[name]
+            4 * _numel(parameter) * len(optimizer.kinds_of(parameter)) for name, parameter in kept if mine[name]
         )
         writer = TensorWriter(
             writing.folder,
@@ -163,7 +163,7 @@ class CheckpointSaver:
             buffers=self._buffers,
             deferred=self.asynchronous,
         )
-        for name, parameter in self.engine.model.named_parameters():
+        for name, parameter in kept:
             self.beat()
             for kind in optimizer.kinds_of(parameter):
                 value = optimizer.read(parameter, kind)

@@ -22,6 +22,7 @@ FAMILY = [
     "phi-3.5-moe",
     "phi-3-vision-128k",
     "phi-3.5-vision",
+    "phi-3.5-vision-moe",
 ]
 PUBLISHED = {
     "phi-3-mini-4k": "phi-3-mini-4k-instruct",

@@ -46,6 +46,7 @@ PRELOADED = (
     "moe.presets",
     "vision.presets",
     "vision.embedding",
+    "phi35.adapters.layers",  # brings in PEFT, five seconds of import
 )
 _PR_SET_PDEATHSIG = 1
 
