@@ -18,6 +18,12 @@ def serve(
     name: Annotated[str | None, typer.Option(help="Name that calls must give; default: the folder's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int4, int8 or fp8: round weights as they are read.")] = None,
+    expert_memory: Annotated[
+        str | None, typer.Option(help="Device memory for experts (40GB); others on the host.")
+    ] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="int8 or fp8: keys and values in eight bits.")] = None,
+    prefix_caching: Annotated[bool, typer.Option(help="Keep keys of prompts for others that begin alike.")] = True,
     max_rows: Annotated[int, typer.Option(help="Answers that run at a time.")] = 64,
     max_cache_tokens: Annotated[int, typer.Option(help="Tokens that the key-value cache holds in all.")] = 65536,
     max_length: Annotated[int | None, typer.Option(help="Most tokens of a prompt and its answer.")] = None,
@@ -54,6 +60,8 @@ def serve(
         max_rows=max_rows,
         max_cache_tokens=max_cache_tokens,
         max_length=max_length,
+        prefix_caching=prefix_caching,
+        kv_cache_dtype=kv_cache_dtype,
         prefill_chunk_size=prefill_chunk_size,
         max_waiting=max_waiting,
         max_output_tokens=max_output_tokens,
@@ -67,7 +75,7 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         drain_seconds=drain_seconds,
     )
-    loaded, processor = api.resolve_model(model, device, dtype)
+    loaded, processor = api.resolve_model(model, device, dtype, quantization, expert_memory)
     service = build_service(loaded, processor, settings)
     GracefulServer(create_app(service), service, host, port, log_level).run()
 

@@ -55,6 +55,8 @@ def build_service(model: Any, processor: Processor, settings: ServingSettings) -
         max_length=settings.max_length,
         chunk_size=settings.prefill_chunk_size,
         tokenizer=processor.tokenizer,
+        prefix_caching=settings.prefix_caching,
+        kv_cache_dtype=settings.kv_cache_dtype,
     )
     engine = Engine(batcher, settings.max_waiting)
     return Service(

@@ -35,13 +35,15 @@ class Metrics:
             registry=kept,
         )
         self.call = Histogram("phi35_call_seconds", "Whole calls that were answered.", buckets=SECONDS, registry=kept)
-        cache = engine.batcher.cache
+        cache, prefixes = engine.batcher.cache, engine.batcher.prefix_statistics
         for name, text, value in (
             ("phi35_running", "Answers that have a row.", lambda: engine.num_running),
             ("phi35_waiting", "Answers that wait for a row.", lambda: engine.num_waiting),
             ("phi35_admitted", "Answers of open calls.", lambda: engine.num_admitted),
             ("phi35_cache_pages", "Pages of the key-value cache.", lambda: cache.num_pages),
             ("phi35_free_cache_pages", "Pages that nobody owns.", lambda: cache.num_free),
+            ("phi35_read_tokens", "Tokens of prompts that have been read.", lambda: prefixes.prompt_tokens),
+            ("phi35_cached_tokens", "Those of them that lay in the cache already.", lambda: prefixes.hit_tokens),
             ("phi35_healthy", "Whether the engine serves.", lambda: float(engine.failure is None)),
         ):
             Gauge(name, text, registry=kept).set_function(value)

@@ -16,6 +16,8 @@ class ServingSettings:
         max_rows: most requests that run at a time.
         max_cache_tokens: tokens that the key-value cache holds for all of them.
         max_length: most tokens of a request, prompt and answer; None takes what cache and model allow.
+        prefix_caching: whether the keys of a prompt's beginning serve later prompts that begin alike.
+        kv_cache_dtype: "int8" or "fp8" for a cache of half the bytes; None keeps the model's dtype.
         prefill_chunk_size: most prompt tokens that are read between two steps.
         max_waiting: most requests that wait for a row; more are refused with 429.
         max_output_tokens: most new tokens of an answer; None leaves it to the length.
@@ -40,6 +42,8 @@ class ServingSettings:
     max_rows: int = 64
     max_cache_tokens: int = 65536
     max_length: int | None = None
+    prefix_caching: bool = True
+    kv_cache_dtype: str | None = None
     prefill_chunk_size: int = 2048
     max_waiting: int = 256
     max_output_tokens: int | None = None
