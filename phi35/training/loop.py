@@ -30,6 +30,7 @@ def run_steps(
     first_step: int,
     root: Path,
     state: dict[str, Any],
+    watchdog: Watchdog,
     health_state: dict[str, Any] | None = None,
     evaluator: Evaluator | None = None,
     best_state: dict[str, Any] | None = None,
@@ -43,6 +44,7 @@ def run_steps(
         first_step: updates made before.
         root: folder of the checkpoints, in the run's folder.
         state: plain data to keep in each checkpoint.
+        watchdog: of this rank, entered.
         health_state: of the checkpoint that the run goes on from.
         evaluator: makes the evaluations that the config asks for.
         best_state: of the checkpoint that the run goes on from.
@@ -56,7 +58,7 @@ def run_steps(
         RunDiverged: on all ranks, if too many updates in a row were left out, or rollbacks did not help.
     """
     config = engine.config
-    with StopRequest() as stop, Watchdog(engine.environment, stop, root.parent, config.hang_timeout_seconds) as dog:
+    with StopRequest() as stop, watchdog.expect_progress(stop):
         best = BestCheckpoints(config.keep_best)
         best.load_state(best_state)
         saver = CheckpointSaver(
@@ -65,15 +67,15 @@ def run_steps(
             keep_last=config.keep_last,
             keep_every=config.keep_every,
             asynchronous=config.async_save,
-            beat=dog.beat,
+            beat=watchdog.beat,
             protected=best.steps,
         )
         health, rollbacks = Health(config), Rollbacks(root, engine, first_step)
         health.load_state(health_state)
         metrics.num_skipped = health.num_skipped
         if evaluator is not None:
-            evaluator.beat = dog.beat
-        loop = _Loop(source, metrics, saver, health, rollbacks, stop, dog, evaluator, best)
+            evaluator.beat = watchdog.beat
+        loop = _Loop(source, metrics, saver, health, rollbacks, stop, watchdog, evaluator, best)
         try:
             loop.run(first_step, state)
         finally:

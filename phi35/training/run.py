@@ -26,6 +26,7 @@ from phi35.training.reporting import open_metrics
 from phi35.training.sequence import check_heads
 from phi35.training.shared_folder import check_shared
 from phi35.training.trackers import choose_trackers
+from phi35.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,18 @@ def train(
     check_heads(config, model_config)
     check_evaluation(config, model_config)
     _check_adapter(config, model_config)
+    with Watchdog(place, Path(config.output_dir), config.hang_timeout_seconds) as watchdog:
+        return _run(config, model_config, place, deepspeed_file, watchdog)
+
+
+def _run(
+    config: TrainingConfig,
+    model_config: ModelConfig,
+    place: Environment,
+    deepspeed_file: dict[str, Any] | None,
+    watchdog: Watchdog,
+) -> RunSummary | None:
+    """The run itself, once its config is known to be one."""
     folder = Path(config.output_dir)
     check_shared(folder, place)
     reader = checkpoint.open_newest(folder / "checkpoints", place) if config.resume else None
@@ -108,7 +121,7 @@ def train(
     saved = reader.trainer if reader is not None else {}
     states = {"health_state": saved.get("health"), "best_state": saved.get("best")}
     root = folder / "checkpoints"
-    last = run_steps(engine, source, metrics, first_step, root, state, evaluator=evaluator, **states)
+    last = run_steps(engine, source, metrics, first_step, root, state, watchdog, evaluator=evaluator, **states)
     metrics.close()
     summary = _finish(config, processor, metrics, folder, last) if place.is_main else None
     place.wait_for_main()

@@ -1,8 +1,9 @@
 """A thread beside each rank that notices what the rank cannot: that it hangs, or that others are gone.
 
 The ranks meet in a small key-value store of their own, since a collective is what hangs when something is wrong. A
-rank that fails says so there; one that dies stops counting; both end the others. Progress is reported with ``beat``:
-without any for ``timeout_seconds`` the stacks of all threads are written and the process exits.
+rank that fails says so there; one that dies stops counting; both end the others, from a run's start to its end. While
+it trains (``expect_progress``) a rank reports progress with ``beat``: without any for ``timeout_seconds`` the stacks of
+all its threads are written and the process exits.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,13 @@ class Watchdog:
 
     Args:
         environment: this process's place; all ranks enter together.
-        stop: is told when a launcher is gone.
         folder: gets ``stacks-rank-*.txt`` of a rank that hangs.
         timeout_seconds: without progress, after which this rank counts as hanging; 0 for never.
     """
 
-    def __init__(self, environment: Environment, stop: StopRequest, folder: Path, timeout_seconds: float) -> None:
-        self.environment, self.stop, self.folder, self.timeout_seconds = environment, stop, folder, timeout_seconds
+    def __init__(self, environment: Environment, folder: Path, timeout_seconds: float) -> None:
+        self.environment, self.folder, self.timeout_seconds = environment, folder, timeout_seconds
+        self._stop: StopRequest | None = None
         self._store: Any = None
         self._last_beat = time.monotonic()
         self._seen: dict[str, tuple[bytes, float]] = {}
@@ -57,8 +59,6 @@ class Watchdog:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._done.set()
         self._thread.join()
-        if self.timeout_seconds:
-            faulthandler.cancel_dump_traceback_later()
         failed = error is not None and isinstance(error, Exception) and not getattr(error, "exit_status", None)
         with contextlib.suppress(RuntimeError):  # the store is gone with rank 0
             if failed:
@@ -66,21 +66,45 @@ class Watchdog:
             elif self._store is not None:
                 self._store.set(_key(self.environment.rank), "done")
 
+    @contextlib.contextmanager
+    def expect_progress(self, stop: StopRequest) -> Iterator[None]:
+        """Within, this rank counts as hanging without a ``beat`` for too long.
+
+        Args:
+            stop: is told when a launcher is gone.
+        """
+        self.beat()
+        self._stop = stop
+        try:
+            yield
+        finally:
+            self._stop = None
+            if self.timeout_seconds:
+                faulthandler.cancel_dump_traceback_later()
+
     def beat(self) -> None:
         """Says that this rank makes progress."""
         self._last_beat = time.monotonic()
 
     def _watch(self) -> None:
         while not self._done.wait(POLL_SECONDS):
-            if self.timeout_seconds:  # by a thread without Python, should one of Python's hold the interpreter
-                faulthandler.dump_traceback_later(self.timeout_seconds + 30, exit=True, file=self._stderr)
-            self.stop.check_launchers()
-            silence = time.monotonic() - self._last_beat
-            if self.timeout_seconds and silence > self.timeout_seconds:
-                self._end_hanging(silence)
+            if (stop := self._stop) is not None:
+                self._look_at_this_rank(stop)
             problem = self._look_at_others() if self._store is not None else None
             if problem is not None and not self._done.wait(GRACE_SECONDS):
                 self._exit(f"rank {self.environment.rank} stops: {problem}")
+
+    def _look_at_this_rank(self, stop: StopRequest) -> None:
+        stop.check_launchers()
+        if not self.timeout_seconds:
+            return
+        silence = time.monotonic() - self._last_beat
+        if silence > self.timeout_seconds:
+            self._end_hanging(silence)
+        # By a thread without Python, should one of Python's hold the interpreter.
+        faulthandler.dump_traceback_later(self.timeout_seconds + 30, exit=True, file=self._stderr)
+        if self._stop is None:  # the training has ended since
+            faulthandler.cancel_dump_traceback_later()
 
     def _look_at_others(self) -> str | None:
         """What is wrong with another rank; rank 0 looks at all, the others at rank 0 and at what it says."""

@@ -108,6 +108,7 @@ def train_with_skips(rank, world_size, values):
     from phi35.training.engine import Engine
     from phi35.training.loop import run_steps
     from phi35.training.reporting import open_metrics
+    from phi35.training.watchdog import Watchdog
 
     config = TrainingConfig(**values)
     model_config = read_model_config(config)
@@ -124,7 +125,8 @@ def train_with_skips(rank, world_size, values):
     )
     source, folder = SkippingSource(text, rank), Path(config.output_dir)
     metrics = open_metrics(engine, model_config, source, folder, 0)
-    run_steps(engine, source, metrics, 0, folder / "checkpoints", {})
+    with Watchdog(place, folder, timeout_seconds=0) as watchdog:
+        run_steps(engine, source, metrics, 0, folder / "checkpoints", {}, watchdog)
     metrics.close()
     return metrics.history
 

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from distributed import _free_port, run_distributed
+from launched_runs import ROOT, Launched
 from picture_shards import write_picture_shards
 from rank_processes import Ranks
 
@@ -21,7 +21,6 @@ from phi35.training.checkpoint_files import CheckpointReader, complete_checkpoin
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-ROOT = Path(__file__).resolve().parents[2]
 VISION = ["model_overrides.vision={num_crops: 1}", "num_workers=2", "global_batch_size=4", "export=false"]
 
 
@@ -30,68 +29,10 @@ def shards(tmp_path_factory):
     return write_picture_shards(tmp_path_factory.mktemp("shards"))
 
 
-class Launched:
-    """``deepspeed --num_gpus 2`` on a script, in a session of its own."""
-
-    def __init__(self, script, arguments, folder):
-        self.log = folder / "launched.log"
-        leave = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        environment = {name: value for name, value in os.environ.items() if name not in leave}
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        environment |= {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}", "PYTHONPATH": str(ROOT)}
-        command = ["deepspeed", "--num_gpus", "2", "--master_port", str(_free_port()), str(script), *arguments]
-        with open(self.log, "w") as log:
-            self.runner = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=heed_interrupts,
-            )
-        self.all: set[int] = {self.runner.pid}
-
-    def wait_until(self, text, timeout=240):
-        """Waits until the log holds a text, and finds the processes."""
-        deadline = time.monotonic() + timeout
-        while text not in self.log.read_text():
-            if time.monotonic() > deadline or self.runner.poll() is not None:
-                self.kill()
-                raise AssertionError(f"{text!r} did not come:\n{self.log.read_text()[-4000:]}")
-            time.sleep(0.05)
-        self.all |= {child.pid for child in psutil.Process(self.runner.pid).children(recursive=True)}
-        (self.launch,) = psutil.Process(self.runner.pid).children()
-        self.ranks = sorted(self.launch.children(), key=lambda child: int(child.environ()["RANK"]))
-
-    def seconds_until_gone(self, limit):
-        """How long the last process lived on; all are killed after ``limit`` seconds."""
-        began = time.monotonic()
-        while [pid for pid in self.all if runs(pid)]:
-            self.runner.poll()
-            if time.monotonic() - began > limit:
-                left = [" ".join(psutil.Process(pid).cmdline()) for pid in self.all if runs(pid)]
-                self.kill()
-                raise AssertionError(f"{len(left)} processes live on after {limit} s: {left}\n{self.log.read_text()}")
-            time.sleep(0.05)
-        return time.monotonic() - began
-
-    def kill(self):
-        for pid in self.all:
-            if runs(pid):
-                os.kill(pid, signal.SIGKILL)
-
-
-def heed_interrupts():
-    """A shell that starts these tests in the background makes them, and all they start, ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def runs(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def launched(script, arguments, folder):
+    """``deepspeed --num_gpus 2`` on a script."""
+    port = str(_free_port())
+    return Launched([["deepspeed", "--num_gpus", "2", "--master_port", port, str(script), *arguments]], folder)
 
 
 TARGETS = [
@@ -111,16 +52,16 @@ TARGETS = [
 def test_a_signal_anywhere_saves_and_leaves_no_process(shards, tmp_path, fault_report, target, number):
     output = tmp_path / "run"
     arguments = [*VISION, f"data={shards}", f"output_dir={output}", "max_steps=100000", "log_interval=2"]
-    launched = Launched(ROOT / "scripts" / "train_vision.py", arguments, tmp_path)
-    launched.wait_until("2/100000")
-    assert len(launched.ranks) == 2 and len(launched.all) >= 8  # two launchers, two ranks, four data loaders
+    run = launched(ROOT / "scripts" / "train_vision.py", arguments, tmp_path)
+    run.wait_until("2/100000")
+    assert len(run.ranks) == 2 and len(run.all) >= 8  # two launchers, two ranks, four data loaders
+    (launcher,), (child,) = run.launchers, run.between
     if target == "the terminal's whole group":
-        os.killpg(launched.runner.pid, number)
+        os.killpg(launcher.pid, number)
     else:
-        processes = {"the launcher": launched.runner, "its child": launched.launch}
-        ranks = {f"rank {rank}": process for rank, process in enumerate(launched.ranks)}
-        os.kill({**processes, **ranks}[target].pid, number)
-    seconds = launched.seconds_until_gone(limit=30)
+        ranks = {f"rank {rank}": process for rank, process in enumerate(run.ranks)}
+        os.kill({"the launcher": launcher, "its child": child, **ranks}[target].pid, number)
+    seconds = run.seconds_until_gone(limit=30)
     (saved,) = complete_checkpoints(output / "checkpoints")
     CheckpointReader(saved)
     fault_report(
@@ -162,10 +103,10 @@ def test_a_rank_that_fails_takes_the_others_down(tmp_path, fault_report, action,
     script = tmp_path / "dying.py"
     script.write_text(DYING.format(root=str(ROOT), action=action))
     arguments = [f"output_dir={tmp_path / 'run'}", "max_steps=100000", "export=false", "hang_timeout_seconds=10"]
-    launched = Launched(script, [*arguments, "global_batch_size=4", "sequence_length=32"], tmp_path)
-    launched.wait_until("three steps are done")
-    seconds = launched.seconds_until_gone(limit=60)
-    log = launched.log.read_text()
+    run = launched(script, [*arguments, "global_batch_size=4", "sequence_length=32"], tmp_path)
+    run.wait_until("three steps are done")
+    seconds = run.seconds_until_gone(limit=60)
+    log = run.log.read_text()
     assert said in log
     if "raise" in action:
         assert "the cause of it all" in log
