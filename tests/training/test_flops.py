@@ -1,5 +1,8 @@
 """The operations that MFU counts, against torch's own counter on tiny models."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,6 +12,7 @@ import phi35
 from phi35 import presets
 from phi35.adapters.config import AdapterConfig
 from phi35.adapters.inject import active_parameters, add_adapter
+from phi35.meta_model import meta_model
 from phi35.training.config import TrainingConfig
 from phi35.training.flops import TrainingFlops, Work, batch_work, peak_flops, visible_pairs
 from phi35.training.parameter_groups import freeze_parameters
@@ -79,6 +83,40 @@ def test_active_parameters_times_six():
     moe = TrainingFlops(presets.get("phi-3.5-moe"))
     layer = 4096 * (4096 + 2 * 1024) + 4096**2 + 2 * 3 * 6400 * 4096 + 16 * 4096
     assert moe.per_token == 6 * (32 * layer + 32064 * 4096)
+
+
+def documented(name):
+    """A formula of the manual as Python."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    formula = re.search(rf"^    {name} = (.*)$", text, re.MULTILINE)[1]
+    for word in ("FLOPs of the step", "active parameters", "head width", "visible pairs"):
+        formula = formula.replace(word, word.replace(" ", "_"))
+    return formula.replace(" x ", " * ")
+
+
+@pytest.mark.parametrize("preset", ["phi-3.5-mini", "phi-3-medium-4k", "phi-3.5-moe"])
+def test_the_manual_s_formula_gives_the_reported_share(preset):
+    config, length, rows, devices, seconds, peak = presets.get(preset), 512, 3, 8, 0.25, 989.4e12
+    used = config.num_experts_per_tok / max(1, config.num_local_experts)
+    active = sum(
+        parameter.numel() * (used if ".experts." in name else 1)
+        for name, parameter in meta_model(config).named_parameters()
+        if parameter.dim() > 1 and "embed_tokens" not in name
+    )
+    values = {
+        "active_parameters": active,
+        "tokens": rows * length,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "head_width": config.attention_head_dim,
+        "visible_pairs": rows * length * (length + 1) / 2,
+    }
+    flops = eval(documented("FLOPs"), {}, values)
+    assert flops == TrainingFlops(config)(Work(rows * length, rows * visible_pairs(length, config.sliding_window)))
+    share = eval(
+        documented("MFU"), {}, {"FLOPs_of_the_step": flops, "seconds": seconds, "devices": devices, "peak": peak}
+    )
+    assert share == flops / (seconds * devices * peak) and peak == peak_flops("NVIDIA H200", "bfloat16")
 
 
 @pytest.mark.parametrize(("length", "window"), [(1, None), (7, None), (7, 7), (9, 4), (9, 1)])
