@@ -3,6 +3,7 @@
 python scripts/plan_ready_files.py
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ README = Path(__file__).resolve().parents[1] / "deepspeed_configs" / "README.md"
 
 def main() -> int:
     """Plans every row and rewrites the file."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lines = README.read_text().splitlines()
     for number, line in enumerate(lines):
         if line.startswith("| `"):
