@@ -29,6 +29,8 @@ def generate(
     ] = None,
     rope_mode: Annotated[str, typer.Option(help="reference or pinned (LongRoPE).")] = "reference",
     kv_cache_dtype: Annotated[str | None, typer.Option(help="int8 or fp8: keys and values in eight bits.")] = None,
+    speculation: Annotated[str | None, typer.Option(help="prompt_lookup: draft tokens from the text so far.")] = None,
+    draft_model: Annotated[str | None, typer.Option(help="Folder or hub id of a smaller model that drafts.")] = None,
 ) -> None:
     """Answer a prompt, with or without pictures."""
     from phi35 import api
@@ -54,6 +56,8 @@ def generate(
         expert_memory=expert_memory,
         rope_mode=rope_mode,
         kv_cache_dtype=kv_cache_dtype,
+        speculation=speculation,
+        draft_model=draft_model,
     )
     for piece in pieces:
         print(piece, end="", flush=True)

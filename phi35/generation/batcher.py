@@ -261,8 +261,8 @@ class Batcher:
         row.rope_long = self.config.rope_scaling is not None and (
             rope_length(row, self.config, request.options) > self.config.original_max_position_embeddings
         )
-        if not self.prefix_caching:
-            return []
+        if not self.prefix_caching or (row.embeds is not None and not request.images):
+            return []  # pictures of unknown content are nobody else's
         if request.page_keys is None or request.page_keys.use_long != row.rope_long:
             image_id = None if self.config.vision is None else self.config.vision.image_token_id
             request.page_keys = PageKeys(PAGE_SIZE, row.rope_long, request.images, image_id)

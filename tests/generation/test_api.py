@@ -207,6 +207,19 @@ def test_the_generate_command_prints_the_answer(folder: Path, tmp_path: Path) ->
         generate, "--model", str(folder), "--image", str(path), "--max-new-tokens", "8", "--device", "cpu", "What?"
     )
     assert done.stdout == ask("What?", [RED]) + "\n"
+    drafted = command(
+        generate,
+        "--model",
+        str(folder),
+        "--max-new-tokens",
+        "8",
+        "--device",
+        "cpu",
+        "--speculation",
+        "prompt_lookup",
+        "A",
+    )
+    assert drafted.stdout == ask("A") + "\n"
 
 
 @pytest.mark.parametrize("error", [ValueError("a bad value"), OSError("no network")])

@@ -169,6 +169,12 @@ def test_pictures_count_by_content() -> None:
         assert new == expected
         assert batcher.prefix_statistics.hit_tokens == hits, colours
     assert (model.image_feature_cache.hits, model.image_feature_cache.misses) == (5, 3)
+    # Without digests a picture's pages are nobody's: another picture in the same place must not find them.
+    model.image_feature_cache = None
+    for colours in (("red", "blue"), ("blue", "blue")):
+        new, expected = ask(*colours)
+        assert new == expected
+    assert batcher.prefix_statistics.hit_tokens == 128
 
 
 def test_keys_depend_on_tokens_order_pictures_and_factors() -> None:
