@@ -110,8 +110,6 @@ if __name__ == "__main__":
         }
     report |= {
         "step": plain_cases.step_case("tiny-phi-3.5-mini", 1, "int8"),
-        "sparse_step": plain_cases.step_case("tiny-phi-3.5-moe", 1, "fp8"),
-        "batched_step": plain_cases.step_case("tiny-phi-3.5-mini", 3, "int8"),
-        "batcher": plain_cases.batcher_case("int8"),
+        "batched_step": plain_cases.step_case("tiny-phi-3.5-moe", 3, "fp8"),
     }
     json.dump(report, sys.stdout, indent=1)
