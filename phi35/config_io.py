@@ -261,6 +261,9 @@ def _read_small(data: Mapping[str, Any], values: dict[str, Any]) -> None:
         raise ValueError(f"ff_dim_multiplier is {data['ff_dim_multiplier']}: give ff_intermediate_size instead")
     if data.get("rope_position_scale", 1.0) != 1.0:
         raise ValueError(f"rope_position_scale is {data['rope_position_scale']}: only 1.0 is supported")
+    for name, key in (("gegelu_limit", "gegelu_limit"), ("ffn_pdrop", "ffn_dropout_prob")):
+        if key in data and data[key] is None:
+            values[name] = None
     if "dummy_token_indices" not in data and values["vocab_size"] != SMALL_VOCAB_SIZE:
         values["dummy_token_indices"] = ()
 

@@ -45,10 +45,14 @@ def _problems(config: ModelConfig, text_only: bool) -> Iterator[str]:
             f"it scales rotary tables by one factor, and short_mscale {scaling.short_mscale} differs from long_mscale "
             f"{scaling.long_mscale}"
         )
+    if config.blocksparse_block_size or config.mup_use_scaling or config.mup_embedding_multiplier != 1:
+        yield "it has neither block-sparse attention nor muP's factors there"
+    if config.mup_width_multiplier != 1 or config.dummy_token_indices:
+        yield "it neither divides nor masks the logits there"
     if not config.is_sparse:
         if config.norm_type != "rmsnorm":
             yield f"a dense model has RMSNorm there, not {config.norm_type}"
-        if config.attention_bias or config.lm_head_bias:
+        if config.attention_bias or config.mlp_bias or config.lm_head_bias:
             yield "a dense model has no biases there"
         return
     if config.decoder_sparse_step != 1:

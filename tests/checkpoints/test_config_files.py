@@ -123,6 +123,20 @@ def test_missing_fields_take_the_published_classes_defaults():
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"mup_use_scaling": True},
+        {"mlp_bias": True, "attention_bias": True},
+        {"blocksparse_block_size": 32, "sliding_window": None, "blocksparse_homo_head_pattern": True},
+        {"hidden_act": "gegelu", "gegelu_limit": 7.0, "ffn_pdrop": 0.2, "tie_word_embeddings": True},
+    ],
+)
+def test_a_dense_model_with_parts_of_phi_3_small_comes_back(changes):
+    config = presets.get("tiny-phi-3-mini-4k").replace(**changes, model_type="phi3small")
+    assert from_hf_dict(to_hf_dict(config), to_generation_dict(config)) == config
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type 'llama'.*expected one of .'phi3', 'phi3_v', 'phi3small', 'phimoe'"),

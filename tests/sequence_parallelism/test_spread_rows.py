@@ -12,6 +12,14 @@ LENGTH = 48
 ROWS = ((5, 40), (48,), (17, 20))
 """The original length is 32: 40 and 48 take the long factors; the samples cross the border between processes."""
 
+BLOCKS = {
+    "blocksparse_block_size": 4,
+    "blocksparse_num_local_blocks": 2,
+    "blocksparse_vert_stride": 4,
+    "mup_use_scaling": True,
+}
+"""Each head sees other blocks: a process must know which heads are its own."""
+
 
 def built(**changes):
     model = CausalLM(longrope_config(32, **changes)).train()
@@ -55,8 +63,19 @@ def split_pass(rank, world_size, changes, rows, checkpointing):
         (4, {}, ROWS, False),
         (3, {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96}, ROWS, False),
         (2, {"num_key_value_heads": 1, "sliding_window": 9}, ROWS, False),
+        (2, BLOCKS, ROWS, False),
+        (2, BLOCKS, ((48,), (48,)), True),
     ],
-    ids=["packed", "checkpointed", "plain", "4 processes, 2 key heads", "3 processes, 2 key heads", "window"],
+    ids=[
+        "packed",
+        "checkpointed",
+        "plain",
+        "4 processes, 2 key heads",
+        "3 processes, 2 key heads",
+        "window",
+        "blocks",
+        "blocks, plain",
+    ],
 )
 def test_logits_and_gradients_equal_one_process(size, changes, rows, checkpointing):
     whole = built(**changes)
