@@ -40,7 +40,9 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
 
     def __init__(self, config: WrappedConfig, causal_lm: CausalLM | None = None) -> None:
         super().__init__(config)
-        self.causal_lm = create(config.current()) if causal_lm is None else causal_lm
+        if causal_lm is None:  # transformers says by torch's defaults where and in what dtype
+            causal_lm = create(config.current(), device=torch.get_default_device(), dtype=torch.get_default_dtype())
+        self.causal_lm = causal_lm
         config.hold(self.causal_lm.config)
         self.config.dtype = self.causal_lm.dtype
         self._name_tied_weights()

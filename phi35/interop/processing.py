@@ -20,6 +20,10 @@ from phi35.loading import find_folder, load_config
 from phi35.processor import IMAGE_TAG, Processor
 from phi35.tokenizer import TOKEN_ROLES
 
+_CALL_OPTIONS = (
+    "images padding padding_side truncation max_length pad_to_multiple_of num_crops return_tensors add_special_tokens"
+).split()
+
 
 class Phi3VImageProcessor(BaseImageProcessor):
     """The HD transform for lists of pictures.
@@ -226,7 +230,7 @@ class Phi3VProcessor(ProcessorMixin):
             return_tensors: as of the call.
             return_dict: give all inputs, not the ids alone.
             processor_kwargs: options of the call.
-            **options: more of them.
+            **options: more of them; others are variables of the template.
 
         Raises:
             ValueError: for what is not supported and malformed messages.
@@ -235,11 +239,12 @@ class Phi3VProcessor(ProcessorMixin):
             raise ValueError(
                 "tools, documents and return_assistant_tokens_mask are not supported for the vision models"
             )
+        variables = {name: value for name, value in options.items() if name not in _CALL_OPTIONS}
         single = bool(conversation) and isinstance(conversation[0], Mapping)
         texts, images = [], []
         for messages in [conversation] if single else conversation:
             flat, found = flatten_messages(_with_pictures(messages))
-            texts.append(self._rendered(flat, chat_template, add_generation_prompt, continue_final_message))
+            texts.append(self._rendered(flat, chat_template, add_generation_prompt, continue_final_message, variables))
             images.append(found)
         if not tokenize:
             return texts[0] if single else texts
@@ -290,9 +295,16 @@ class Phi3VProcessor(ProcessorMixin):
             ids += self.tokenizer.backend_tokenizer.encode(body, add_special_tokens=False).ids
         return ids
 
-    def _rendered(self, flat: list[dict[str, str]], template: str | None, prompt: bool, unfinished: bool) -> str:
+    def _rendered(
+        self,
+        flat: list[dict[str, str]],
+        template: str | None,
+        prompt: bool,
+        unfinished: bool,
+        variables: dict[str, Any],
+    ) -> str:
         family = self.tokenizer.family
-        roles = {name: getattr(self.tokenizer, name) for name in TOKEN_ROLES}
+        roles = variables | {name: getattr(self.tokenizer, name) for name in TOKEN_ROLES}
         chosen = template or self.chat_template
         text = render(chosen if isinstance(chosen, str) else family.chat_template, flat, prompt, **roles)
         if unfinished:
