@@ -3,7 +3,7 @@
     python benchmarks/kv_cache.py                       # on a GPU: phi-3.5-mini with 32k and 128k tokens in the cache
     python benchmarks/kv_cache.py --sweep               # shapes of the attention kernel's programs, too
     python benchmarks/kv_cache.py --quality             # the small model, on a CPU: error of logits, answers
-    python benchmarks/kv_cache.py --models moe --lengths 32640
+    python benchmarks/kv_cache.py --models moe --quantization int4
 
 A step is a captured one of one row, random weights in bfloat16 and random codes. The bound is the measured rate of a
 device copy over the bytes that a step must read: weights, and keys and values with their scales. Prints a table and,
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import decode_steps  # noqa: E402
 import moe_layer  # noqa: E402
+import quantize  # noqa: E402
 
 import phi35  # noqa: E402
 from phi35.cache import KVCache  # noqa: E402
@@ -45,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mini"], choices=list(PRESETS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[32640, 130944], help="tokens in the cache")
+    parser.add_argument("--quantization", choices=["int4", "int8", "fp8"], help="of the weights")
     parser.add_argument("--sweep", action="store_true", help="shapes of attention's programs, at the first length")
     parser.add_argument("--quality", action="store_true", help="the small model's logits and answers, instead")
     parser.add_argument("--questions", type=int, default=400, help="of easy-vqa's test split, for --quality")
@@ -63,7 +65,7 @@ def main() -> None:
         print(f"{record['environment']['device']}: copy {rate:.3f} TB/s", flush=True)
         record["rows"] = []
         for model in arguments.models:
-            record["rows"] += steps(model, arguments.lengths, rate, arguments.sweep)
+            record["rows"] += steps(model, arguments.lengths, rate, arguments.sweep, arguments.quantization)
             gc.collect()
             torch.cuda.empty_cache()
     if arguments.output is not None:
@@ -73,9 +75,12 @@ def main() -> None:
 
 
 @torch.no_grad()
-def steps(name: str, lengths: Sequence[int], rate: float, sweep: bool) -> list[dict[str, Any]]:
+def steps(
+    name: str, lengths: Sequence[int], rate: float, sweep: bool, quantization: str | None
+) -> list[dict[str, Any]]:
     """Steps of one model with each kind of cache."""
-    model = phi35.create(PRESETS[name], device="cuda", dtype="bfloat16", seed=0)
+    few = {} if quantization is None else {"quantization": quantization}
+    model = phi35.create(PRESETS[name], device="cuda", dtype="bfloat16", seed=0, **few)
     rows: list[dict[str, Any]] = [check(name, model, kind) for kind in KINDS]
     for place, length in enumerate(lengths):
         for kind in KINDS:
@@ -134,8 +139,7 @@ def time_step(model: Any, cache: KVCache, length: int, rate: float, name: str, t
         spent = statistics.median(decode_steps.step_times(step, 64)[16:])
     except Exception as error:  # a shape that does not fit must not lose the others
         return {"tuning": name, "error": str(error)[:300], "ms": None, "tokens_per_s": 0.0}
-    weights = decode_steps.step_bytes(model.config, 0)
-    num_bytes = weights + cache.nbytes * length / cache.capacity
+    num_bytes = quantize.step_bytes(model.config, 0) + cache.nbytes * length / cache.capacity
     bound = 1e12 * rate / num_bytes
     return {"tuning": name, "ms": spent, "tokens_per_s": 1e3 / spent, "bound": bound, "of_bound": 1e3 / spent / bound}
 

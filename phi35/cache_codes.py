@@ -49,9 +49,11 @@ def encode(values: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
-    """What codes (..., d) and scales (...) stand for, (..., d) in ``dtype``; the product is taken in float32."""
-    wide = codes.float().sub_(128) if kind == "int8" else codes.view(torch.float8_e4m3fn).float()
-    return wide.mul_(scales.float().unsqueeze(-1)).to(dtype)
+    """What codes (..., d) and scales (...) stand for, (..., d) in ``dtype``: one product, rounded once."""
+    # Codes and scales are exact in bfloat16; float16 might lose a scale.
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    numbers = codes.to(wide).sub_(128) if kind == "int8" else codes.view(torch.float8_e4m3fn).to(wide)
+    return numbers.mul_(scales.to(wide).unsqueeze(-1)).to(dtype)
 
 
 def cache_bytes(num_numbers: int, head_dim: int, kind: str | None, dtype: torch.dtype) -> int:

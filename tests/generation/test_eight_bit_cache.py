@@ -57,6 +57,8 @@ def test_each_value_becomes_the_nearest_number_of_its_grid(kind: str) -> None:
     assert (found[1, 2] == 0).all() and scales[1, 2] == 0
     nearest = (values[..., None] - grid * steps[..., None]).abs().amin(dim=-1)
     assert ((values - found).abs() - nearest).abs().max() <= 1e-6 * values.abs().max()
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(decode(codes, scales, kind, dtype), found.to(dtype))
     largest = values.abs().amax(dim=-1)
     # Half a step, or half of e4m3's spacing of 2^-3; scales are rounded by at most 2^-9.
     bound = largest * (0.505 / 127 if kind == "int8" else 0.505 / 14)
