@@ -94,3 +94,53 @@ def needles(
     print(render(rows))
     print(f"{picture}: score by depth and length")
     print(json.dumps({"questions": len(lines), "table": rows}))
+
+
+@app.command()
+def tasks(
+    names: Annotated[list[str], typer.Option("--tasks", help="Tasks of the harness; again for each.")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; by default the small model.")] = None,
+    include_path: Annotated[list[Path] | None, typer.Option(help="Folder with task files of your own.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows that run together.")] = 8,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question; by default the task's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Most questions of each task.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap questions by the model's chat template.")] = False,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a prompt; of longer ones the last.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="File that keeps answers from run to run.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+) -> None:
+    """Run tasks of lm-evaluation-harness, its own or local files (no network is needed for these)."""
+    import json
+
+    from phi35 import api
+
+    try:
+        from lm_eval.utils import make_table
+
+        from phi35.evaluation import harness
+    except ImportError as error:
+        raise ValueError(f"needs lm-evaluation-harness ({error}): pip install 'phi35[harness]'") from None
+    loaded, processor = api.resolve_model(model, device, dtype)
+    results = harness.evaluate(
+        loaded,
+        processor,
+        names,
+        include_path=include_path or (),
+        batch_size=batch_size,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        chat=chat,
+        cache=cache,
+        max_length=max_length,
+    )
+    print(make_table(results))
+    kept = {name: results[name] for name in ("results", "groups", "n-shot", "versions") if name in results}
+    line = json.dumps({"model": model or "small model", **kept}, default=float)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(line + "\n")
+    print(line)
