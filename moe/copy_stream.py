@@ -63,8 +63,6 @@ def pin(tensor: torch.Tensor) -> Callable[[], None]:
         RuntimeError: if the system refuses; the message names the size.
     """
     runtime, address, size = torch.cuda.cudart(), tensor.data_ptr(), tensor.nbytes
-    # Touched by all threads: the call below would bring pages of fresh memory in one by one.
-    tensor.view(torch.uint8).bitwise_and_(255)
     code = int(runtime.cudaHostRegister(address, size, 0))
     if code != 0:
         raise RuntimeError(f"CUDA error {code}: cannot lock {size:,} bytes of host memory (see ulimit -l)")

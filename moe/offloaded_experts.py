@@ -240,6 +240,8 @@ class OffloadedExperts(nn.Module):
         if (tensor.dtype, tensor.device) != (dtype, host):
             if tensor.is_meta or host.type == "meta":
                 tensor = torch.empty(tensor.shape, dtype=dtype, device=host)
+                if device.type == "cuda":
+                    tensor.view(torch.uint8).zero_()  # all threads bring its pages in; locking them would one by one
             else:
                 tensor = tensor.to(host, dtype)
             if (pinned := self._pins.pop(name, None)) is not None:
