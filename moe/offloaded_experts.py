@@ -98,10 +98,11 @@ class OffloadedExperts(nn.Module):
         if len(wanted) <= self.num_places:
             self._copy_in(wanted)
             self._guess(guess)
-            places = torch.tensor([max(place, 0) for place in self._place_of])[chosen].to(expert_indices.device)
-            result = self._run(wanted, hidden_states, places, expert_weights)
+            result = self._run(wanted, hidden_states, self._places(chosen, hidden_states.device), expert_weights)
         else:
-            result = self._run_in_rounds(wanted, hidden_states, chosen, expert_weights)
+            few = len(hidden_states) <= FEW_TOKENS and hidden_states.device.type == "cuda"
+            run = self._run_token_by_token if few else self._run_in_rounds
+            result = run(wanted, hidden_states, chosen, expert_weights)
             self._guess(guess)
         return result
 
@@ -125,13 +126,40 @@ class OffloadedExperts(nn.Module):
         self._last_use = self._copies.mark()
         return result
 
+    def _places(self, chosen: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Numbers of places on the device, of experts (N, k) that all have one."""
+        return torch.tensor(self._place_of)[chosen].to(device)
+
+    def _run_token_by_token(
+        self, wanted: Sequence[int], hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum for few tokens, in groups of those whose experts fit together.
+
+        CUDA's kernels for few rows add a token's choices before they round, so that these must not be torn apart; they
+        compute each token alone.
+        """
+        groups: list[tuple[set[int], list[int]]] = [(set(), [])]
+        # In the order of their first experts: neighbours share some.
+        for token, experts in sorted(enumerate(chosen.tolist()), key=lambda one: sorted(one[1])):
+            if len(groups[-1][0] | set(experts)) > self.num_places:
+                groups.append((set(), []))
+            groups[-1][0].update(experts)
+            groups[-1][1].append(token)
+        result = torch.empty_like(hidden_states)
+        for needed, tokens in groups:
+            self._copy_in(sorted(needed))
+            rows = torch.tensor(tokens)
+            places, rows_there = self._places(chosen[rows], result.device), rows.to(result.device)
+            result[rows_there] = self._run(needed, hidden_states[rows_there], places, weights[rows_there])
+        return result
+
     def _run_in_rounds(
         self, wanted: Sequence[int], hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """The same sum where not all wanted experts have a place at once.
 
         Each choice's row is kept in the tokens' dtype and weighted in float32 at the end, as ``experts.combine`` does
-        and the CUDA kernels for many rows; those for few add rows that were not rounded.
+        and the CUDA kernels for many rows.
         """
         from moe.experts import combine
 

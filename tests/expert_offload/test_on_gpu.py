@@ -53,6 +53,20 @@ def test_logits_are_the_same_and_weights_lie_in_locked_memory(places: int) -> No
     gc.collect()
 
 
+@pytest.mark.parametrize("rows", [5, 40])
+@torch.no_grad()
+def test_small_batches_whose_experts_do_not_fit_at_once(rows: int) -> None:
+    """Groups of tokens; tiles of another height may add in another order, and bfloat16 rounds what is then stored."""
+    plain = phi35.create(CONFIG, device="cuda", dtype="bfloat16", seed=0).model.layers[1].mlp.experts
+    model = phi35.create(CONFIG, device="cuda", dtype="bfloat16", seed=0, expert_memory=budget(3))
+    experts = model.model.layers[1].mlp.experts
+    tokens = torch.randn(rows, CONFIG.hidden_size, device="cuda", dtype=torch.bfloat16)
+    chosen = torch.rand(rows, 8, device="cuda").topk(2, dim=1).indices
+    weights = torch.rand(rows, 2, device="cuda")
+    found, expected = (one(tokens, chosen, weights).float() for one in (experts, plain))
+    assert (found - expected).norm() < 2**-8 * expected.norm()
+
+
 def test_kernels_without_a_graph_and_the_batcher_serve_it() -> None:
     plain = phi35.create(CONFIG, device="cuda", dtype="bfloat16", seed=0)
     model = phi35.create(CONFIG, device="cuda", dtype="bfloat16", seed=0, expert_memory=budget(3))
