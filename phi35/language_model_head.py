@@ -51,15 +51,19 @@ class LanguageModelHead(nn.Linear):
         self.divisor, self.masked_ids = divisor, tuple(masked_ids)
         self._masks: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
 
-    def forward(self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, per_token: bool = False
+    ) -> torch.Tensor:
         """Logits, or the loss.
 
         Args:
             hidden_states: (..., D).
             labels: (...) int64 aligned with ``hidden_states`` (already shifted); negative ids do not count.
+            per_token: give each label's loss in place of their mean.
 
         Returns:
             (..., V) logits in the head's dtype, or with ``labels`` a float32 scalar; with no label that counts it is 0.
+            With ``per_token`` (...) float32, 0 where no label counts.
         """
         bias: torch.Tensor | None = self.bias
         if self.divisor != 1:
@@ -71,6 +75,8 @@ class LanguageModelHead(nn.Linear):
         if labels is None:
             return F.linear(hidden_states, self.weight, bias)
         flat_states, flat_labels = hidden_states.reshape(-1, self.in_features), labels.reshape(-1)
+        if per_token:
+            return _TokenLosses.apply(flat_states, self.weight, bias, flat_labels).view(labels.shape)
         if self.fused:
             return head_loss(flat_states, self.weight, bias, flat_labels)
         return _HeadLoss.apply(flat_states, self.weight, bias, flat_labels)
@@ -118,6 +124,60 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
 def _chunks(num_rows: int, vocab_size: int) -> list[slice]:
     size = max(1, LOGITS_PER_CHUNK // vocab_size)
     return [slice(first, first + size) for first in range(0, num_rows, size)]
+
+
+def losses_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in float32 of (..., V) logits against (...) labels, label by label; 0 for negative labels."""
+    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    targets = targets.masked_fill(targets < 0, IGNORED_LABEL)
+    parts = [
+        F.cross_entropy(flat[rows].float(), targets[rows], ignore_index=IGNORED_LABEL, reduction="none")
+        for rows in _chunks(flat.shape[0], flat.shape[1])
+    ]
+    return torch.cat(parts).view(labels.shape)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy of a linear head, label by label; the backward pass makes the logits again, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_states, weight, bias, labels)
+        parts = []
+        for rows in _chunks(hidden_states.shape[0], weight.shape[0]):
+            log_probs = F.linear(hidden_states[rows], weight, bias).float().log_softmax(dim=-1)
+            picked = log_probs.gather(1, labels[rows].clamp(min=0)[:, None]).squeeze(1)
+            parts.append(-picked.masked_fill(labels[rows] < 0, 0.0))
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_states, weight, bias, labels = ctx.saved_tensors
+        need_states, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_states = torch.empty_like(hidden_states) if need_states else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+        for rows in _chunks(hidden_states.shape[0], weight.shape[0]):
+            states, targets = hidden_states[rows], labels[rows].clamp(min=0)[:, None]
+            grad = F.linear(states, weight, bias).float().softmax(dim=-1)
+            grad.scatter_add_(1, targets, grad.new_full((1, 1), -1.0).expand_as(targets))
+            grad *= grad_losses[rows].masked_fill(labels[rows] < 0, 0.0)[:, None]
+            grad_logits = grad.to(hidden_states.dtype)
+            if grad_states is not None:
+                grad_states[rows] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.mT @ states
+            if grad_bias is not None:
+                grad_bias += grad.sum(dim=0)
+        return (
+            grad_states,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+        )
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -16,7 +16,7 @@ from phi35.activation_checkpointing import checkpoint_layer
 from phi35.attention import Attention, AttentionPlan, plan_attention
 from phi35.cache import KVCache
 from phi35.config import ModelConfig
-from phi35.language_model_head import build_head, loss_from_logits, shift_labels
+from phi35.language_model_head import build_head, loss_from_logits, losses_from_logits, shift_labels
 from phi35.norm import RMSNorm, build_norm
 from phi35.outputs import CausalLMOutput, RouterOutput
 from phi35.packed_attention import ignore_first_tokens
@@ -103,6 +103,7 @@ class CausalLM(nn.Module):
         sequence_lengths: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
         padding_side: str | None = None,
+        loss_per_token: bool = False,
     ) -> CausalLMOutput:
         """One pass over a chunk of T tokens.
 
@@ -125,6 +126,8 @@ class CausalLM(nn.Module):
             targets: (B, T) int64, labels that already stand where they are predicted, in place of ``labels``.
             padding_side: "right" promises that ``attention_mask`` pads on the right alone: no real token sees padding
                 then, and attention needs no mask. None: on any side.
+            loss_per_token: make the loss (B, T) float32, the cross-entropy at each position that predicts a label, 0 at
+                others.
 
         Raises:
             ValueError: for inputs that contradict each other, or an unannounced LongRoPE crossing of a cached row.
@@ -162,7 +165,9 @@ class CausalLM(nn.Module):
                 expected = tuple(hidden_states.shape[:2])
                 raise ValueError(f"targets must be {expected} like the inputs, got {tuple(targets.shape)}")
             if logits is not None and not logits_to_keep:
-                loss = loss_from_logits(logits, targets)
+                loss = (losses_from_logits if loss_per_token else loss_from_logits)(logits, targets)
+            elif loss_per_token:
+                loss = self.lm_head(hidden_states, targets, per_token=True)
             else:
                 loss = self.lm_head(hidden_states, targets)
         return CausalLMOutput(

@@ -107,9 +107,9 @@ class ChatEncoder:
         self.assistant, self.end = special[ASSISTANT], special[END]
         # What the template puts behind <|assistant|> belongs to the prompt of a reply, not to the reply.
         self._opening = tokenizer.encode(ASSISTANT + "\n", add_special_tokens=False)[1:]
-        self._control = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+        self.control = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        if not self._learned(np.array(tokenizer.encode(tokenizer.apply_chat_template(probe, False)))).any():
+        if not self.learned(np.array(tokenizer.encode(tokenizer.apply_chat_template(probe, False)))).any():
             raise ValueError(
                 f"the tokenizer's chat template marks no assistant's turn by {ASSISTANT} and {END}: give the tokenizer "
                 "that belongs to the model (processor=FOLDER)"
@@ -129,7 +129,7 @@ class ChatEncoder:
         if not text.endswith(END_OF_TEXT):
             text += END_OF_TEXT
         ids = np.array(self.tokenizer.encode(text), dtype=np.uint32)
-        return Encoded(ids, self._learned(ids))
+        return Encoded(ids, self.learned(ids))
 
     def identity(self) -> list[Any]:
         """Plain data that is equal for encoders that give equal tokens."""
@@ -143,7 +143,7 @@ class ChatEncoder:
             if turn["role"] not in ROLES or not isinstance(turn["content"], str):
                 raise SkippedDocument("bad_messages", f"expected a role of {ROLES} and a text, got {turn!r:.200}")
             _check_unicode(turn["content"])
-            found = self._control.search(turn["content"]) or _IMAGE_TAG.search(turn["content"])
+            found = self.control.search(turn["content"]) or _IMAGE_TAG.search(turn["content"])
             if found:
                 raise SkippedDocument("control_token", f"a turn's content holds {found[0]!r}")
         replies = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -151,7 +151,7 @@ class ChatEncoder:
             raise SkippedDocument("no_reply", f"no assistant says anything: {[turn['role'] for turn in turns]}")
         return turns[: replies[-1] + 1]
 
-    def _learned(self, ids: np.ndarray) -> np.ndarray:
+    def learned(self, ids: np.ndarray) -> np.ndarray:
         """(n,) bool: behind each opening of an assistant's turn, through the next ``<|end|>``."""
         learned = np.zeros(len(ids), dtype=bool)
         ends = np.flatnonzero(ids == self.end)

@@ -16,6 +16,8 @@ REASONS = {
     "control_token": "a chat that holds the template's control tokens as text",
     "too_long": "a chat longer than a row",
     "shortened": "a chat of which the last turns were left out to fit a row",
+    "bad_images": "pictures that cannot be read, or that the model does not take",
+    "equal_replies": "a pair of replies that are the same",
     "bad_tokens": "stored tokens beyond the model's vocabulary",
 }
 """Why documents are left out, by the key under which they are counted ("shortened" ones are used in part)."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from phi35.checkpoint.rules import listed
 from phi35.config import ModelConfig
-from phi35.language_model_head import LanguageModelHead, loss_from_logits
+from phi35.language_model_head import LanguageModelHead, loss_from_logits, losses_from_logits
 from phi35.quantization.codes import QuantizedTensor, code_suffix, tensor_specs
 from phi35.quantization.config import QuantizationConfig, WeightFormat
 from phi35.quantization.linear import quantized_embedding, quantized_linear
@@ -101,9 +101,13 @@ class QuantizedLinear(FewBitModule):
 class QuantizedHead(QuantizedLinear):
     """The output head in few bits; with labels it gives the mean cross-entropy, as the plain head does."""
 
-    def forward(self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (..., V), or with labels (...) the float32 loss."""
+    def forward(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, per_token: bool = False
+    ) -> torch.Tensor:
+        """Logits (..., V), or with labels (...) the float32 loss, or each label's (...) with ``per_token``."""
         logits = super().forward(hidden_states)
+        if labels is not None and per_token:
+            return losses_from_logits(logits, labels)
         return logits if labels is None else loss_from_logits(logits, labels)
 
 

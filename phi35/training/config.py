@@ -34,6 +34,8 @@ class TrainingConfig:
         global_batch_size: samples of one optimizer step over all ranks.
         micro_batch_size: samples of one forward pass on one rank; None: global_batch_size / ranks.
         max_steps: optimizer steps of the run.
+        preference: learn from pairs of replies (``phi35.training.preference.PreferenceConfig``: loss, beta,
+            label_smoothing, reference, routing_noise), which ``data`` then holds.
         learning_rate: peak rate.
         learning_rates: peak rates of single parts (``PARTS``) in place of ``learning_rate``.
         freeze: parts that are not trained.
@@ -119,6 +121,7 @@ class TrainingConfig:
     learning_rates: dict[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
     adapter: dict[str, Any] | None = None
+    preference: dict[str, Any] | None = None
     schedule: str = "cosine"
     warmup_steps: int = 10
     decay_steps: int = 0

@@ -7,6 +7,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
 from phi35.adapters.config import AdapterConfig
+from phi35.training.preference_config import PreferenceConfig
 from phi35.training.schedule import SCHEDULES
 from phi35.training.trackers import PACKAGES
 
@@ -47,6 +48,7 @@ def value_problems(config: "TrainingConfig") -> Iterator[str]:
         _evaluation_problems,
         _report_problems,
         _adapter_problems,
+        _preference_problems,
     ):
         yield from subject(config)
 
@@ -177,6 +179,19 @@ def _adapter_problems(config: "TrainingConfig") -> Iterator[str]:
         yield f"freeze={list(config.freeze)} has no effect with an adapter, beside which everything is frozen"
     if config.optimizer == "muon":
         yield "optimizer 'muon' is for whole matrices, not for an adapter's factors: take 'adamw' or 'adamw8bit'"
+
+
+def _preference_problems(config: "TrainingConfig") -> Iterator[str]:
+    if config.preference is None:
+        return
+    try:
+        PreferenceConfig.of(config.preference).reference_for(config.adapter is not None)
+    except (ValueError, TypeError) as error:
+        yield str(error)
+    if config.sequence_parallel_size > 1:
+        yield "preference compares whole replies, of which ranks that share rows hold parts: sequence_parallel_size=1"
+    if config.eval_data is not None:
+        yield "preference evaluates pairs held out of data: leave eval_data out and set held_out"
 
 
 def _report_problems(config: "TrainingConfig") -> Iterator[str]:

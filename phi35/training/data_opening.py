@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from phi35.config import ModelConfig
-from phi35.data.opening import open_text
 from phi35.registry import resolve
 from phi35.training.config import TrainingConfig
 from phi35.training.environment import Environment
@@ -78,20 +77,21 @@ def _open(
         "num_workers": config.num_workers,
     }
     is_text = config.data_source is None and (model_config.vision is None or config.data == "stdlib")
-    if is_text:
-        common |= {
-            "sequence_length": config.sequence_length,
-            "num_samples": num_samples,
-            "cache_folder": folder / "cache",
-            "barrier": place.wait_for_main,
-            "is_main": place.is_main,
-        }
-    opener = open_text if is_text else resolve(config.data_source or "vision.data:open_source")
-    if "accumulation_steps" in inspect.signature(opener).parameters:
-        common["accumulation_steps"] = config.gradient_accumulation_steps(place.world_size)
+    usual = "phi35.data.opening:open_text" if is_text else "vision.data:open_source"
+    if config.preference is not None:
+        usual = "phi35.data.preferences:open_preferences"
+    opener = resolve(config.data_source or usual)
+    asked = {
+        "sequence_length": config.sequence_length,
+        "num_samples": num_samples,
+        "cache_folder": folder / "cache",
+        "barrier": place.wait_for_main,
+        "is_main": place.is_main,
+        "accumulation_steps": config.gradient_accumulation_steps(place.world_size),
+    }
+    takes = inspect.signature(opener).parameters
+    common |= {name: value for name, value in asked.items() if name in takes}
     _check_options(opener, options, common)
-    if is_text:
-        return open_text(data, **common, **options)
     if data == "easy-vqa":
         data = str(folder / "cache" / "easy-vqa-train")
         if place.is_main and not any(Path(data).glob("*.tar")):

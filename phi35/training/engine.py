@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from phi35.training.gradient_norm import GradientNorm
 from phi35.training.gradient_sum import sum_gradients
 from phi35.training.loss import auxiliary_losses
 from phi35.training.mixed_precision import MixedPrecisionAdamW, build_optimizer
+from phi35.training.objective import TokenObjective
 from phi35.training.optimizers import MuonWithAdamW
 from phi35.training.parameter_groups import part_rates
 from phi35.training.routing import BiasBalancer
@@ -38,12 +39,14 @@ class StepResult:
         gradient_norm: global norm before clipping; a float where DeepSpeed computed it on the host. Where it is not
             finite, the step changed nothing.
         outputs: the model's outputs, one per micro-batch, without graphs.
+        numbers: what the objective shows besides: ranks' mean is that over the global batch.
     """
 
     loss: torch.Tensor
     auxiliary: dict[str, torch.Tensor]
     gradient_norm: torch.Tensor | float | None
     outputs: list[CausalLMOutput]
+    numbers: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Engine:
@@ -58,6 +61,7 @@ class Engine:
     Attributes:
         learning_rates: present rate of every part of the model that is trained.
         average: of the weights, where the config asks for one.
+        objective: what is minimised: the label tokens' mean cross-entropy, or what takes its place.
 
     Raises:
         ValueError: if the DeepSpeed file contradicts the config.
@@ -73,6 +77,7 @@ class Engine:
         import deepspeed
 
         self.config, self.environment, self.model = config, environment, model
+        self.objective: Any = TokenObjective()
         self.sequence_parallel = share_rows(model, config, environment)
         self.deepspeed_config = to_deepspeed(config, environment.world_size, environment.device.type)
         if deepspeed_file:
@@ -138,20 +143,27 @@ class Engine:
 
         Args:
             batches: micro-batches on the device, ``gradient_accumulation_steps`` of them.
-            num_tokens: label tokens that count in each.
-            global_num_tokens: label tokens of the global batch over all ranks, at least 1.
+            num_tokens: label tokens (or whatever the objective counts) of each.
+            global_num_tokens: those of the global batch over all ranks, at least 1.
         """
         world_size, count = self.environment.world_size, len(batches)
         config = self.config
         weights = {"balance": config.router_aux_loss_coef or 0.0, "z": config.router_z_loss_coef}
         total: torch.Tensor | None = None
         auxiliary: dict[str, torch.Tensor] = {}
+        numbers: dict[str, torch.Tensor] = {}
         outputs: list[CausalLMOutput] = []
         for batch, tokens in zip(batches, num_tokens, strict=True):
             # Around the backward pass too: a recomputed layer must take the kernel whose outputs were kept.
             with fast_attention(self.environment.device):
-                _, output = self.deepspeed(**batch)
-                share = output.loss * (tokens / global_num_tokens)
+                batch = self.objective.prepare(self.model, batch)
+                self.objective.start(self.model)
+                _, output = self.deepspeed(**self.objective.inputs(batch))
+                mean, shown = self.objective.loss(output, batch)
+                share = mean * (tokens / global_num_tokens)
+                for name, value in shown.items():
+                    part = value.detach() * (tokens * world_size / global_num_tokens)
+                    numbers[name] = numbers.get(name, 0.0) + part
                 # DeepSpeed averages gradients over ranks, so that the ranks' shares need the factor to add up.
                 objective = share * world_size
                 group = distributed.group.WORLD if world_size > 1 else None
@@ -174,7 +186,7 @@ class Engine:
         if self.average is not None:
             self.average.update()
         self.balancer.update(outputs, [batch.get("attention_mask") for batch in batches], is_applied(norm))
-        return StepResult(total, auxiliary, norm, outputs)
+        return StepResult(total, auxiliary, norm, outputs, numbers)
 
     def note_skipped(self, num_steps: int) -> None:
         """Takes steps that changed nothing out of the step counts that are kept on the host."""

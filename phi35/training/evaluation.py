@@ -116,8 +116,10 @@ class Evaluator:
             for _ in range(self.num_passes):
                 (batch,), (tokens,), _ = next_micro_batches(batches, 1, self.engine, expand, self.beat)
                 with fast_attention(device):
-                    output = model(**batch, return_logits=False)
-                total += torch.stack([output.loss.double() * tokens, torch.full_like(total[0], tokens)])
+                    batch = self.engine.objective.prepare(model, batch)
+                    inputs = {**self.engine.objective.inputs(batch), "return_logits": False}
+                    loss, _ = self.engine.objective.loss(model(**inputs), batch)
+                total += torch.stack([loss.double() * tokens, torch.full_like(total[0], tokens)])
         finally:
             if hasattr(batches, "close"):
                 batches.close()

@@ -133,6 +133,9 @@ class Metrics:
         for name, value in result.auxiliary.items():
             names.append(f"{name}_loss")
             values.append(value.reshape(1) / world_size)
+        for name, value in result.numbers.items():
+            names.append(name)
+            values.append(value.reshape(1) / world_size)
         norm = result.gradient_norm
         if norm is not None:
             names.append("gradient_norm")

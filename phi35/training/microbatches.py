@@ -7,7 +7,6 @@ import torch
 
 from phi35.training.engine import Engine
 from phi35.training.flops import Work, batch_work
-from phi35.training.loss import count_tokens
 from phi35.training.sequence import local_part
 
 HOST_INPUTS = ("image_sizes", "sequence_lengths")
@@ -41,7 +40,7 @@ def next_micro_batches(
             work += batch_work(batch, model.config)
         if shared is not None:
             batch = local_part(batch, shared, model.config)
-        num_tokens.append(count_tokens(batch))
+        num_tokens.append(engine.objective.count(batch))
         moved: dict[str, Any] = {
             name: value if name in HOST_INPUTS else value.to(device, non_blocking=True) for name, value in batch.items()
         }

@@ -7,6 +7,7 @@ from typing import Any
 from phi35.adapters.config import AdapterConfig
 from phi35.adapters.merging import check_mergeable
 from phi35.config import ModelConfig
+from phi35.registry import resolve
 from phi35.training import checkpoint, environment
 from phi35.training.build import build_model, build_processor, read_model_config
 from phi35.training.checkpoint_files import CheckpointReader, set_aside
@@ -21,6 +22,7 @@ from phi35.training.export import export
 from phi35.training.loop import run_steps
 from phi35.training.metrics import Metrics
 from phi35.training.optimizers import check_optimizer
+from phi35.training.preference_config import PreferenceConfig
 from phi35.training.random_state import seed_everything
 from phi35.training.reporting import open_metrics
 from phi35.training.sequence import check_heads
@@ -106,6 +108,8 @@ def _run(
     model = build_model(config, model_config, reader, place.device)
     engine = Engine(model, config, place, deepspeed_file)
     first_step = _restore(engine, source, reader)
+    if config.preference is not None:
+        _learn_preferences(engine, [one for one in (source, held_out) if one is not None], folder, first_step)
     if place.is_main and not config.resume:
         set_aside(folder / "checkpoints")
     metrics = open_metrics(engine, model_config, source, folder, first_step)
@@ -198,6 +202,16 @@ def _check_resumable(reader: CheckpointReader, config: TrainingConfig, model_con
             f"{str(reader.folder)!r} holds the moments of optimizer {optimizer!r}, this run has {config.optimizer!r}: "
             "keep it, or start a new run from the exported model (scripts/export_checkpoint.py)"
         )
+
+
+def _learn_preferences(engine: Engine, sources: list[Any], folder: Path, first_step: int) -> None:
+    """Makes the engine minimise the loss of pairs, and finds their reference."""
+    assert engine.config.preference is not None
+    preference = PreferenceConfig.of(engine.config.preference)
+    reference = preference.reference_for(engine.config.adapter is not None)
+    engine.objective = resolve("phi35.training.preference:PreferenceObjective")(preference, reference)
+    if reference == "precomputed":
+        resolve("phi35.training.reference:attach_reference")(engine, sources, folder, first_step)
 
 
 def _adapter_of(values: dict[str, Any] | None) -> AdapterConfig | None:
