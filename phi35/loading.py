@@ -177,8 +177,12 @@ def load_processor(folder: Path, config: ModelConfig) -> "Processor | None":
     return Processor.from_folder(folder, config)
 
 
-def find_folder(folder_or_hub_id: str | Path) -> Path:
+def find_folder(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """The local folder itself, or the local copy of a hub repository, fetched where needed.
+
+    Args:
+        folder_or_hub_id: a local folder or a hub id.
+        revision: branch, tag or commit of a hub repository; None for its main branch.
 
     Raises:
         ValueError: if it is neither a folder nor a hub id, or the hub has no such repository.
@@ -199,7 +203,7 @@ def find_folder(folder_or_hub_id: str | Path) -> Path:
         )
     if isinstance(folder_or_hub_id, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ValueError(f"folder {name!r} does not exist, and it is not a hub id (owner/name) either")
-    return _fetch(name)
+    return _fetch(name, revision)
 
 
 def create(
@@ -284,12 +288,12 @@ def _offload(model: CausalLM, expert_memory: int | str, dtype: torch.dtype) -> N
     resolve("experts.offload")(model, parse_size(expert_memory, "expert_memory"))
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, revision: str | None = None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
     except (RepositoryNotFoundError, GatedRepoError) as error:
         raise ValueError(
             f"no folder {name!r} here, and the hub gives no repository of that name (absent, private or gated): {error}"

@@ -13,6 +13,9 @@ _NOT_COPIED = {"model_type", "rope_scaling", "vision", "quantization"}
 COPIED = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in _NOT_COPIED)
 """Fields of ``ModelConfig`` that stand on a wrapped config too, where libraries read and change them."""
 
+OWN = ("use_cache", "output_router_logits", "router_sampling")
+"""Fields of a wrapped config that are none of ``ModelConfig``."""
+
 
 class WrappedConfig(PreTrainedConfig):
     """A config of transformers around one of this package.
@@ -24,6 +27,8 @@ class WrappedConfig(PreTrainedConfig):
         model_config: what the files said.
         output_router_logits: a sparse model returns its router's scores and adds the balancing loss, times
             ``router_aux_loss_coef``, to its loss.
+        router_sampling: a sparse model samples its experts in training, as its router was made for, and jitters their
+            inputs. False chooses them as in evaluation, so that log-probabilities of a policy carry no such noise.
     """
 
     attribute_map = {"num_experts": "num_local_experts"}
@@ -32,6 +37,7 @@ class WrappedConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["cache", "past_key_values", "router_logits"]
     model_config: Any = None
     output_router_logits: bool = False
+    router_sampling: bool = True
 
     @classmethod
     def of(cls, model_config: ModelConfig) -> Any:
@@ -80,7 +86,7 @@ class WrappedConfig(PreTrainedConfig):
         config = cls.of(from_hf_dict(config_dict))
         config.output_router_logits = bool(config_dict.get("output_router_logits", False))
         config.name_or_path = str(name or "")
-        for key in [key for key in options if key in (*COPIED, "use_cache", "output_router_logits")]:
+        for key in [key for key in options if key in (*COPIED, *OWN)]:
             setattr(config, key, options.pop(key))
         config.current()
         return (config, options) if unused else config

@@ -137,6 +137,15 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
         )
         return result.to_tuple() if return_dict is False else result
 
+    def train(self, mode: bool = True) -> "WrappedCausalLM":
+        """As of any module, save that routers stay in evaluation mode where ``config.router_sampling`` is off."""
+        super().train(mode)
+        if not self.config.router_sampling:
+            for module in self.causal_lm.modules():
+                if hasattr(module, "input_jitter_noise") or hasattr(module, "selection_bias"):
+                    module.training = False
+        return self
+
     def activation_checkpointing_enable(
         self,
         activation_checkpointing_kwargs: dict[str, Any] | None = None,

@@ -10,7 +10,7 @@ from phi35.checkpoint.rules import to_disk
 from phi35.checkpoint.writer import write_json, write_weights
 from phi35.config import ModelConfig
 from phi35.config_io import from_hf_dict, to_hf_dict
-from phi35.interop.configuration import WrappedConfig
+from phi35.interop.configuration import OWN, WrappedConfig
 from phi35.loading import find_folder, load, load_config, read_json, save, write_configs
 from phi35.meta_model import meta_model
 
@@ -21,8 +21,6 @@ _HARMLESS = {
     "use_safetensors",
     "adapter_kwargs",
     "_commit_hash",
-    "revision",
-    "max_memory",
 }
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -44,6 +42,7 @@ class Folders:
         torch_dtype: str | torch.dtype | None = None,
         device_map: Any = None,
         attn_implementation: str | None = None,
+        revision: str | None = None,
         **options: Any,
     ) -> Any:
         """The model of a folder or hub id, its weights read by ``phi35.load``.
@@ -56,6 +55,7 @@ class Folders:
             device_map: a device, such as "cpu", "cuda:0" or {"": 0}, or "auto": the first GPU if the model fits there
                 by accelerate's count, else the CPU; by default the CPU.
             attn_implementation: "sdpa", which is what these models use.
+            revision: branch, tag or commit of a hub repository.
             **options: of transformers; fields of the config change it, others that would change what is loaded are
                 refused.
 
@@ -66,7 +66,7 @@ class Folders:
         if attn_implementation not in (None, "sdpa"):
             raise ValueError(f"attn_implementation must be 'sdpa' for the models of phi35, got {attn_implementation!r}")
         picked = dtype if dtype is not None else torch_dtype
-        found = find_folder(folder)
+        found = find_folder(folder, revision)
         wrapped, rest = _config_of(cls.config_class, found, config, options)
         memory = rest.pop("max_memory", None)
         refuse({key: value for key, value in rest.items() if key not in _HARMLESS}, "from_pretrained")
@@ -141,7 +141,7 @@ def _config_of(
     for source in (given, stored):
         changes |= {} if source is None else _changes(source.current(), from_hf_dict(contents))
     config = kind.of(whole.replace(**changes))
-    for name in ("use_cache", "output_router_logits"):
+    for name in OWN:
         source = stored if name in options or given is None else given
         setattr(config, name, getattr(source, name))
     return config, rest

@@ -110,7 +110,7 @@ class Phi3VProcessor(ProcessorMixin):
         Raises:
             ValueError: as ``Processor.from_folder``, and for a folder of a text-only model.
         """
-        found = find_folder(folder)
+        found = find_folder(folder, options.get("revision"))
         family = Processor.from_folder(found, load_config(found))
         if family.config.vision is None:
             raise ValueError(f"{folder} holds a text-only model: AutoProcessor gives its tokenizer")

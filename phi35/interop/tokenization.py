@@ -38,7 +38,7 @@ class FamilyTokenizer(PreTrainedTokenizerFast):
             ValueError: as ``Tokenizer.from_folder``.
         """
         kept = ("padding_side", "truncation_side", "model_max_length", "chat_template")
-        found = find_folder(folder)
+        found = find_folder(folder, options.get("revision"))
         options = {name: options[name] for name in kept if options.get(name) is not None}
         return cls.of(Tokenizer.from_folder(found), name_or_path=str(folder), **options)
 

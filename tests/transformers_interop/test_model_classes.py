@@ -173,3 +173,29 @@ def test_the_image_class_takes_padded_and_packed_crops(tmp_path: Path) -> None:
     assert torch.equal(padded, model(**{**batch, "pixel_values": real}).logits)
     with pytest.raises(ValueError, match="one entry an image"):
         model(**{**batch, "image_sizes": batch["image_sizes"][:1]})
+
+
+def test_experts_are_sampled_in_training_unless_told_otherwise() -> None:
+    model = wrapped(PRESETS["phimoe"]).train()
+    assert not torch.equal(model(IDS).logits, model(IDS).logits)
+    model.config.router_sampling = False
+    model.train()
+    chosen = model(IDS, labels=IDS, output_router_logits=True)
+    assert torch.equal(chosen.logits, model(IDS).logits) and model.training
+    (chosen.loss + chosen.aux_loss).backward()
+    assert model.causal_lm.model.layers[0].mlp.router.weight.grad.abs().max() > 0
+    assert torch.equal(chosen.logits, model.eval()(IDS).logits)
+    model.config.router_sampling = True
+    assert not torch.equal(model.train()(IDS).logits, chosen.logits)
+
+
+def test_a_model_with_pictures_and_experts(tmp_path: Path) -> None:
+    changes = {"num_local_experts": 4, "intermediate_size": 32, "router_aux_loss_coef": 0.1}
+    model = wrapped(PRESETS["phi3_v"], **changes)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, output_router_logits=True)
+    batch = picture_batch()
+    output = again(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
+    assert torch.equal(output.logits, model(**batch).logits) and 1 < output.aux_loss < 4
+    answers = again.generate(**batch, max_new_tokens=5)
+    assert torch.equal(answers, again.generate(**batch, max_new_tokens=5, use_cache=False))
