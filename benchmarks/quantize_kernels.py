@@ -34,24 +34,24 @@ FORMATS = {
     "int8": WeightFormat(bits=8),
     "fp8": WeightFormat(bits=8, type="float", group_size=None),
 }
-SHAPES = {
-    "int4": [(8, 4), (16, 4), (4, 4), (8, 8), (8, 2), (4, 2)],
-    "int4z": [(8, 4), (16, 4)],
-    "int8": [(8, 8), (4, 4), (4, 8), (8, 4)],
-    "fp8": [(8, 8), (4, 8)],
-}
-"""Candidate (rows, warps)."""
+SHAPES = [(rows, warps) for warps in (2, 4, 8) for rows in (4, 8, 16)]
+"""Candidate (rows, warps), of which those are taken that the registers hold."""
 
 Builder = Callable[[ModelConfig, WeightFormat, list[WordConfig], int | None], Case]
 
 
 def random_weight(one: WeightFormat, *shape: int, std: float = 0.02) -> QuantizedTensor:
     """Random codes on the GPU."""
+    with torch.device("cuda"):
+        return random_codes(one, *shape, std=std)
+
+
+def random_codes(one: WeightFormat, *shape: int, std: float = 0.02) -> QuantizedTensor:
+    """The same on the device of the context."""
     from phi35.quantization.modules import FewBitModule
 
-    with torch.device("cuda"):
-        module = FewBitModule()
-        module.hold("weight", one, shape, torch.bfloat16)
+    module = FewBitModule()
+    module.hold("weight", one, shape, torch.bfloat16)
     module.draw_codes(std)
     return module.held()
 
@@ -184,8 +184,13 @@ def build(model: str, name: str, copies: int | None = None) -> Case:
     """A case called "format kernel" with random operands."""
     torch.manual_seed(0)
     form, kernel = name.split()
-    shapes = [WordConfig(*shape) for shape in SHAPES[form]]
-    case = BUILDERS[model][kernel](presets.get(decode_kernels.PRESETS[model]), FORMATS[form], shapes, copies)
+    config, one = presets.get(decode_kernels.PRESETS[model]), FORMATS[form]
+    width = config.intermediate_size if "down" in kernel else config.hidden_size
+    with torch.device("meta"):
+        weight = random_codes(one, 4096, width)
+    chosen = [WordConfig(*shape) for shape in SHAPES]
+    shapes = [shape for shape in chosen if vector.held_words(shape, weight) <= vector.HELD_WORDS]
+    case = BUILDERS[model][kernel](config, one, shapes, copies)
     case.name = name
     return case
 
@@ -194,8 +199,8 @@ def compile_case(name: tuple[str, str]) -> str:
     """Launch each config of one case once."""
     try:
         case = build(*name, copies=1)
-        for config in case.configs:
-            case.launch(0, config, True)
+        for config, pdl in [*((config, True) for config in case.configs), (case.configs[0], False)]:
+            case.launch(0, config, pdl)
         torch.cuda.synchronize()
     except Exception as error:  # the parent meets it again, with its own report
         return f"{name}: {error}"

@@ -18,7 +18,7 @@ from phi35.kernels.common import activate, launch_options, wait_for_predecessor,
 from phi35.kernels.operands import Norm
 from phi35.quantization.codes import QuantizedTensor
 from phi35.quantization.kernels.vector import WordConfig, choose, constants, operands
-from phi35.quantization.kernels.words import dot_rows, hold_rows, load_squares, spread
+from phi35.quantization.kernels.words import dot_rows, hold_rows, load_halves, spread
 
 
 def add_sparse_feed_forward(
@@ -93,8 +93,6 @@ def _expert_gate_up_kernel(  # type: ignore[no-untyped-def]
     scale,
     zeros,
     row_scale,
-    large,
-    one,
     indices,
     acted,
     half,
@@ -107,6 +105,7 @@ def _expert_gate_up_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     BYTES: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     choice = tl.program_id(1)
@@ -118,12 +117,10 @@ def _expert_gate_up_kernel(  # type: ignore[no-untyped-def]
     gate_end, up_end = base + half, base + 2 * half
     gate_held = hold_rows(codes, scale, zeros, gate_row, gate_end, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN)
     up_held = hold_rows(codes, scale, zeros, up_row, up_end, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN)
-    tiles = load_squares(normed, WIDTH, LANES, KIND)
-    places = spread(tiles, (), (), 0.0, "none", WIDTH, LANES, KIND, ZEROS)
-    gate = dot_rows(
-        gate_held, places, row_scale, large, one, gate_row, gate_end, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES
-    )
-    up = dot_rows(up_held, places, row_scale, large, one, up_row, up_end, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES)
+    tiles = load_halves(normed, WIDTH, LANES)
+    places = spread(tiles, (), (), 0.0, "none", WIDTH, LANES, KIND, ASM)
+    gate = dot_rows(gate_held, places, row_scale, gate_row, gate_end, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
+    up = dot_rows(up_held, places, row_scale, up_row, up_end, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
     out = acted + choice * half + rows
     tl.store(out, (activate(gate, ACT) * up).to(acted.dtype.element_ty), mask=rows < half)
 
@@ -135,8 +132,6 @@ def _expert_down_kernel(  # type: ignore[no-untyped-def]
     scale,
     zeros,
     row_scale,
-    large,
-    one,
     indices,
     weights,
     hidden,
@@ -150,6 +145,7 @@ def _expert_down_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     BYTES: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     start = tl.program_id(0) * ROWS
@@ -168,11 +164,9 @@ def _expert_down_kernel(  # type: ignore[no-untyped-def]
     wait_for_predecessor(PDL)
     total = tl.load(hidden + rows, mask=inside, other=0.0).to(tl.float32)
     for choice in tl.static_range(TOP_K):
-        tiles = load_squares(acted + choice * WIDTH, WIDTH, LANES, KIND)
-        places = spread(tiles, (), (), 0.0, "none", WIDTH, LANES, KIND, ZEROS)
+        tiles = load_halves(acted + choice * WIDTH, WIDTH, LANES)
+        places = spread(tiles, (), (), 0.0, "none", WIDTH, LANES, KIND, ASM)
         first, end = bases[choice] + start, bases[choice] + num_rows
-        part = dot_rows(
-            all_held[choice], places, row_scale, large, one, first, end, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES
-        )
+        part = dot_rows(all_held[choice], places, row_scale, first, end, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
         total += part * tl.load(weights + choice)
     tl.store(hidden + rows, total.to(hidden.dtype.element_ty), mask=inside)

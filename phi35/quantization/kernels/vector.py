@@ -14,7 +14,7 @@ import triton.language as tl
 from phi35.kernels.common import activate, launch_options, slot_offset, wait_for_predecessor
 from phi35.kernels.operands import LayerCache, Norm, Rope
 from phi35.quantization.codes import QuantizedTensor
-from phi35.quantization.kernels.words import EXPONENTS, dot_rows, hold_rows, load_norm_squares, load_squares, spread
+from phi35.quantization.kernels.words import dot_rows, hold_rows, load_halves, load_norm_halves, spread
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class WordConfig:
 
     Attributes:
         rows: weight rows per program: 1, 2, 4, 8 or 16.
-        num_warps: warps that share each row, a word of codes a lane and load.
+        num_warps: warps that share each row, 16 columns a lane and load.
     """
 
     rows: int = 4
@@ -33,23 +33,49 @@ class WordConfig:
         assert self.rows in (1, 2, 4, 8, 16), "sums of rows are joined pair by pair"
 
 
-def choose(weight: QuantizedTensor) -> WordConfig:
-    """The shape of a program for a weight: some tens of words a lane, and programs enough for all multiprocessors.
+HELD_WORDS = 144
+"""32-bit registers of a lane that may wait for codes and scales, so that nothing is spilled."""
 
-    Spreading the vector over its places costs as much as some rows do, so that more rows are better where there are
-    enough of them.
+PROGRAMS = 264
+"""Programs that a product should have at least: two for each multiprocessor of an H100 or H200."""
+
+
+def choose(weight: QuantizedTensor) -> WordConfig:
+    """The shape of a program for a weight: the fewest instructions a weight, among those with programs enough."""
+    num_rows, width = weight.shape[-2:]
+    fitting = [config for config in SHAPES if held_words(config, weight) <= HELD_WORDS]
+    many = [config for config in fitting if num_rows >= PROGRAMS * config.rows]
+    return min(many or fitting, key=lambda config: _instructions(config, width))
+
+
+def held_words(config: WordConfig, weight: QuantizedTensor) -> int:
+    """Registers of a lane that wait for codes and scales."""
+    return config.rows * _chunks(config, weight.shape[-1]) * ((2 if weight.format.bits == 4 else 4) + 1)
+
+
+def _chunks(config: WordConfig, width: int) -> int:
+    """How many times a lane's 16 columns make a row."""
+    return -(-width // (512 * config.num_warps))
+
+
+def _instructions(config: WordConfig, width: int) -> float:
+    """Instructions a weight, as counted in compiled kernels.
+
+    220 to prepare a lane's 16 columns, 21 to multiply them with a row's codes, 20 to add up a row over the lanes.
     """
-    num_rows, words = weight.shape[-2], weight.shape[-1] // weight.format.per_word
-    if words <= 512:
-        return WordConfig(rows=16 if num_rows >= 8192 else 8, num_warps=4)
-    return WordConfig(rows=8 if words <= 1024 else 4, num_warps=8)
+    chunks = _chunks(config, width)
+    return (220 * chunks + config.rows * (21 * chunks + 20)) * 32 * config.num_warps / (config.rows * width)
+
+
+SHAPES = tuple(WordConfig(rows, num_warps) for num_warps in (2, 4, 8) for rows in (1, 2, 4, 8, 16))
+"""Shapes that are thought of."""
 
 
 def operands(weight: QuantizedTensor) -> tuple[Any, ...]:
-    """Codes as words, scales, zero points, row scales and exponents as the kernels take them."""
+    """Codes as words, scales, zero points and row scales as the kernels take them."""
     codes = weight.codes if weight.format.type == "int" else weight.codes.view(torch.int32)
     zeros = codes if weight.zero_point is None else weight.zero_point
-    return codes, weight.scale, zeros, weight.scale if weight.row_scale is None else weight.row_scale, *EXPONENTS
+    return codes, weight.scale, zeros, weight.scale if weight.row_scale is None else weight.row_scale
 
 
 def constants(weight: QuantizedTensor, config: WordConfig) -> dict[str, Any]:
@@ -62,7 +88,13 @@ def constants(weight: QuantizedTensor, config: WordConfig) -> dict[str, Any]:
         "GROUP": one.group_size or width,
         "ZEROS": not one.symmetric,
         "BYTES": one.scale_bits == 8,
+        "ASM": not interpreted(),
     }
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, which knows no machine instructions."""
+    return bool(triton.knobs.runtime.interpret)
 
 
 def project_qkv(
@@ -180,8 +212,6 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     scale,
     zeros,
     row_scale,
-    large,
-    one,
     bias,
     inv_freq,
     scaling,
@@ -205,6 +235,7 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     BYTES: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     per_head: tl.constexpr = HALF // PAIRS
@@ -216,7 +247,7 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     high_row = low_row + HALF
     low_held = hold_rows(codes, scale, zeros, low_row, num_rows, PAIRS, WIDTH, LANES, KIND, GROUP, ZEROS, True)
     high_held = hold_rows(codes, scale, zeros, high_row, num_rows, PAIRS, WIDTH, LANES, KIND, GROUP, ZEROS, True)
-    norms, norm_biases = load_norm_squares(norm_weight, norm_bias, NORM, WIDTH, LANES, KIND)
+    norms, norm_biases = load_norm_halves(norm_weight, norm_bias, NORM, WIDTH, LANES)
     # The sampler at the end of the previous step wrote these two, a whole step ago.
     position = tl.load(lengths)
     factors = tl.load(rope_long).to(tl.int32)
@@ -229,12 +260,10 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     cos = tl.where(turned, (tl.cos(angle) * multiplier).to(kind).to(tl.float32), 1.0)
     sin = tl.where(turned, (tl.sin(angle) * multiplier).to(kind).to(tl.float32), 0.0)
     wait_for_predecessor(PDL)
-    tiles = load_squares(hidden, WIDTH, LANES, KIND)
-    places = spread(tiles, norms, norm_biases, eps, NORM, WIDTH, LANES, KIND, ZEROS)
-    low = dot_rows(low_held, places, row_scale, large, one, low_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES)
-    high = dot_rows(
-        high_held, places, row_scale, large, one, high_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES
-    )
+    tiles = load_halves(hidden, WIDTH, LANES)
+    places = spread(tiles, norms, norm_biases, eps, NORM, WIDTH, LANES, KIND, ASM)
+    low = dot_rows(low_held, places, row_scale, low_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
+    high = dot_rows(high_held, places, row_scale, high_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
     if BIAS:
         low += tl.load(bias + head * (2 * HALF) + element).to(tl.float32)
         high += tl.load(bias + head * (2 * HALF) + HALF + element).to(tl.float32)
@@ -261,8 +290,6 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     scale,
     zeros,
     row_scale,
-    large,
-    one,
     bias,
     out,
     num_rows,
@@ -277,19 +304,20 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     BYTES: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * ROWS
     rows = first + tl.arange(0, ROWS)
     inside = rows < num_rows
     held = hold_rows(codes, scale, zeros, first, num_rows, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN)
-    norms, norm_biases = load_norm_squares(norm_weight, norm_bias, NORM, WIDTH, LANES, KIND)
+    norms, norm_biases = load_norm_halves(norm_weight, norm_bias, NORM, WIDTH, LANES)
     if BIAS:
         added = tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
     wait_for_predecessor(PDL)
-    tiles = load_squares(vector, WIDTH, LANES, KIND)
-    places = spread(tiles, norms, norm_biases, eps, NORM, WIDTH, LANES, KIND, ZEROS)
-    total = dot_rows(held, places, row_scale, large, one, first, num_rows, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES)
+    tiles = load_halves(vector, WIDTH, LANES)
+    places = spread(tiles, norms, norm_biases, eps, NORM, WIDTH, LANES, KIND, ASM)
+    total = dot_rows(held, places, row_scale, first, num_rows, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
     if BIAS:
         total += added
     if ADD:
@@ -307,8 +335,6 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     scale,
     zeros,
     row_scale,
-    large,
-    one,
     acted,
     half,
     NORM: tl.constexpr,
@@ -321,6 +347,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     BYTES: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * ROWS
@@ -328,10 +355,10 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     up_first = half + first
     gate_held = hold_rows(codes, scale, zeros, first, half, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN)
     up_held = hold_rows(codes, scale, zeros, up_first, 2 * half, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN)
-    norms, norm_biases = load_norm_squares(norm_weight, norm_bias, NORM, WIDTH, LANES, KIND)
+    norms, norm_biases = load_norm_halves(norm_weight, norm_bias, NORM, WIDTH, LANES)
     wait_for_predecessor(PDL)
-    tiles = load_squares(hidden, WIDTH, LANES, KIND)
-    places = spread(tiles, norms, norm_biases, eps, NORM, WIDTH, LANES, KIND, ZEROS)
-    gate = dot_rows(gate_held, places, row_scale, large, one, first, half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES)
-    up = dot_rows(up_held, places, row_scale, large, one, up_first, 2 * half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES)
+    tiles = load_halves(hidden, WIDTH, LANES)
+    places = spread(tiles, norms, norm_biases, eps, NORM, WIDTH, LANES, KIND, ASM)
+    gate = dot_rows(gate_held, places, row_scale, first, half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
+    up = dot_rows(up_held, places, row_scale, up_first, 2 * half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
     tl.store(acted + rows, (activate(gate, ACT) * up).to(acted.dtype.element_ty), mask=rows < half)

@@ -1,22 +1,23 @@
-"""What the one-token kernels share: words of codes, the vector spread over their places, products in registers.
+"""What the one-token kernels share: words of codes, the vector in bytes, products in registers.
 
-A lane owns one 32-bit word of a row at a time, eight codes of 4 bits or four of 8, so that loads are coalesced and the
-vector is spread once for all rows of a program: value c of a word meets the code in place c. A code becomes a float
-without a conversion: put into the lowest bits of the mantissa of 2^23 it gives 2^23 + code, from which 2^23 + zero is
-subtracted; put into high bits of the mantissa of 1 it gives 1 + code / 2^k, and what is too much, the vector's sum, is
-subtracted once a word. Codes stay where they are in the word: instead of their being shifted, the vector's values are
-scaled. Products are exact in float32 up to 2^11 times the rounding of a sum, that is to about 3e-5.
+A lane owns 16 columns at a time: two 32-bit words of eight 4-bit codes, or four of four bytes, one vector load a row.
+Integer codes are multiplied four at a time (dp4a). The vector is turned into 16-bit integers for that, once a program,
+with a scale for each lane's 16 columns, and cut into a high and a low byte; sums are exact in 32 bits. The rounding of
+a value is at most 2^-16 of the largest of its 16 neighbours, less than that of bfloat16. e4m3 codes become float32
+through the bits of a float16.
 
-The two exponents come as arguments: as constants, the compiler takes two instructions to mask a code and to set them.
+Instructions decide, not bandwidth alone: at 4 bits an H200 has time for seven a weight and lane at its memory's full
+rate, of every kind; these take about two, prepared vector included.
 """
 
 import triton
 import triton.language as tl
 
-EXPONENTS = (0x4B000000, 0x3F800000)
-"""Bits of 2^23 and of 1, the last two operands of every kernel."""
+_LEVELS = tl.constexpr(32639.0)
+"""The largest 16-bit integer whose high byte, rounded, is a signed byte."""
 
-_BASE = tl.constexpr(8388608.0)
+_ROUND = tl.constexpr(12582912.0)
+"""1.5 * 2^23, in whose bits the two lowest bytes are 0."""
 
 
 @triton.jit
@@ -40,60 +41,72 @@ def hold_rows(  # type: ignore[no-untyped-def]
     """
     per: tl.constexpr = 8 if KIND == "int4" else 4
     bits: tl.constexpr = 32 // per
-    count: tl.constexpr = (WIDTH // per + LANES - 1) // LANES
+    each: tl.constexpr = 16 // per
+    lane = tl.arange(0, LANES)
     words = ()
     scales = ()
     points = ()
+    start = tl.cast(first, tl.int64)
     for index in tl.static_range(ROWS):
-        row = first + index if EVEN else tl.minimum(first + index, num_rows - 1)
-        for chunk in tl.static_range(count):
-            word = chunk * LANES + tl.arange(0, LANES)
-            group = word * per // GROUP
-            if (chunk + 1) * LANES <= WIDTH // per:
-                found = tl.load(codes + row * (WIDTH // per) + word, eviction_policy="evict_first")
-                factor = tl.load(scale + row * (WIDTH // GROUP) + group)
+        # One address for all rows, to which the constants of the others are added in the loads themselves.
+        row = start + index if EVEN else tl.minimum(first + index, num_rows - 1).to(tl.int64)
+        for chunk in tl.static_range((WIDTH + 16 * LANES - 1) // (16 * LANES)):
+            column = (chunk * LANES + lane) * 16
+            word = (chunk * LANES + lane)[:, None] * each + tl.arange(0, each)[None, :]
+            if EVEN:
+                at = codes + start * (WIDTH // per) + word + index * (WIDTH // per)
+                group = scale + start * (WIDTH // GROUP) + column // GROUP + index * (WIDTH // GROUP)
             else:
-                inside = word < WIDTH // per
-                found = tl.load(
-                    codes + row * (WIDTH // per) + word, mask=inside, other=0, eviction_policy="evict_first"
-                )
-                factor = tl.load(scale + row * (WIDTH // GROUP) + group, mask=inside, other=0)
-            words = words + (found,)  # type: ignore[assignment]
+                at = codes + row * (WIDTH // per) + word
+                group = scale + row * (WIDTH // GROUP) + column // GROUP
+            if (chunk + 1) * LANES * 16 <= WIDTH:
+                found = tl.load(at, eviction_policy="evict_first")
+                factor = tl.load(group)
+            else:
+                found = tl.load(at, mask=word < WIDTH // per, other=0, eviction_policy="evict_first")
+                factor = tl.load(group, mask=column < WIDTH, other=0)
+            if each == 2:
+                words = words + tl.split(found)
+            else:
+                words = words + _split4(found, LANES)
             scales = scales + (factor,)  # type: ignore[assignment]
             if ZEROS:
-                inside = word < WIDTH // per
-                packed = tl.load(zeros + row // per * (WIDTH // GROUP) + group, mask=inside, other=0)
-                point = (packed >> (row % per * bits)) & ((1 << bits) - 1)
+                place = row // per * (WIDTH // GROUP) + column // GROUP
+                packed = tl.load(zeros + place, mask=column < WIDTH, other=0)
+                point = (packed >> (row % per * bits).to(tl.int32)) & ((1 << bits) - 1)
                 points = points + (point,)  # type: ignore[assignment]
     return words, scales, points
 
 
 @triton.jit
-def load_squares(vector, WIDTH: tl.constexpr, LANES: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A vector (WIDTH,) as a tuple of (LANES, codes per word) tiles in its own dtype; zeros past its end."""
-    per: tl.constexpr = 8 if KIND == "int4" else 4
+def load_halves(vector, WIDTH: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A vector (WIDTH,) as a tuple of (LANES, 8) tiles in its own dtype, two for each 16 columns of a lane."""
     tiles = ()
-    for chunk in tl.static_range((WIDTH // per + LANES - 1) // LANES):
-        word = chunk * LANES + tl.arange(0, LANES)
-        at = vector + word[:, None] * per + tl.arange(0, per)[None, :]
-        if (chunk + 1) * LANES <= WIDTH // per:
-            tile = tl.load(at)
+    for half in tl.static_range(2 * ((WIDTH + 16 * LANES - 1) // (16 * LANES))):
+        column = _columns(half, LANES)
+        if (half // 2 + 1) * LANES * 16 <= WIDTH:
+            tile = tl.load(vector + column)
         else:
-            tile = tl.load(at, mask=(word < WIDTH // per)[:, None], other=0.0)
+            tile = tl.load(vector + column, mask=column < WIDTH, other=0.0)
         tiles = tiles + (tile,)  # type: ignore[assignment]
     return tiles
 
 
 @triton.jit
-def load_norm_squares(weight, bias, NORM: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_norm_halves(weight, bias, NORM: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
     """A norm's weight and bias in tiles; both empty where there is no norm, the bias but for "layernorm"."""
     weights = ()
     biases = ()
     if NORM != "none":
-        weights = load_squares(weight, WIDTH, LANES, KIND)
+        weights = load_halves(weight, WIDTH, LANES)
     if NORM == "layernorm":
-        biases = load_squares(bias, WIDTH, LANES, KIND)
+        biases = load_halves(bias, WIDTH, LANES)
     return weights, biases
+
+
+@triton.jit
+def _columns(half, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    return (half // 2 * LANES + tl.arange(0, LANES))[:, None] * 16 + half % 2 * 8 + tl.arange(0, 8)[None, :]
 
 
 @triton.jit
@@ -106,71 +119,168 @@ def spread(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
     KIND: tl.constexpr,
-    ZEROS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """The norm of a vector in tiles, as a flat tuple of float32 tensors (LANES,): for each tile its ``_places``."""
-    per: tl.constexpr = 8 if KIND == "int4" else 4
-    count: tl.constexpr = (WIDTH // per + LANES - 1) // LANES
+    """The norm of a vector in tiles, as a flat tuple of tensors (LANES,): for each chunk what ``_prepared`` gives."""
+    count: tl.constexpr = 2 * ((WIDTH + 16 * LANES - 1) // (16 * LANES))
     mean = 0.0
     if NORM == "layernorm":
         total = tiles[0].to(tl.float32)
-        for chunk in tl.static_range(1, count):
-            total += tiles[chunk].to(tl.float32)
+        for half in tl.static_range(1, count):
+            total += tiles[half].to(tl.float32)
         mean = tl.sum(tl.sum(total, axis=1), axis=0) / WIDTH
     factor = 1.0
     if NORM != "none":
-        squares = tl.zeros((LANES, per), tl.float32)
-        for chunk in tl.static_range(count):
-            centred = tiles[chunk].to(tl.float32) - mean
-            if (chunk + 1) * LANES > WIDTH // per:
-                centred = tl.where((chunk * LANES + tl.arange(0, LANES) < WIDTH // per)[:, None], centred, 0.0)
+        squares = tl.zeros((LANES, 8), tl.float32)
+        for half in tl.static_range(count):
+            centred = tiles[half].to(tl.float32) - mean
+            if (half // 2 + 1) * LANES * 16 > WIDTH:
+                centred = tl.where(_columns(half, LANES) < WIDTH, centred, 0.0)
             squares += centred * centred
         factor = 1.0 / tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / WIDTH + eps)
-    places = ()
-    for chunk in tl.static_range(count):
-        value = tiles[chunk].to(tl.float32)
-        if NORM != "none":
-            value = (value - mean) * factor * weights[chunk].to(tl.float32)
-        if NORM == "layernorm":
-            value += biases[chunk].to(tl.float32)
-        places = places + _places(value, LANES, KIND, ZEROS)
-    return places
-
-
-@triton.jit
-def _places(value, LANES: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Columns of a (LANES, codes per word) tile, scaled as ``_word_product`` finds their codes, and what it subtracts.
-
-    The last two are the share of the vector that 1 + code / 2^k counts too much, and the vector's sum.
-    """
-    if KIND == "int4":
-        even, odd = tl.split(tl.reshape(value, (LANES, 2, 2, 2)))
-        a, b = tl.split(even)
-        c, d = tl.split(odd)
-        v0, v4 = tl.split(a)
-        v2, v6 = tl.split(b)
-        v1, v5 = tl.split(c)
-        v3, v7 = tl.split(d)
-        high = v3 + v4 + v6 + v7
-        w3, w4, w6, w7 = v3 * 2048, v4 * 128, v6 * 2048, v7 * 128
-        excess = (w3 + w6) + (w4 + w7)
-        if not ZEROS:
-            excess += 8 * high
-        return (v0, v1 / 16, v2 / 256, w3, w4, v5 / 256, w6, w7, excess, v0 + v1 + v2 + v5 + high)
-    else:
-        even, odd = tl.split(tl.reshape(value, (LANES, 2, 2)))
-        v0, v2 = tl.split(even)
-        v1, v3 = tl.split(odd)
-        total = (v0 + v1) + (v2 + v3)
-        if KIND == "int8":
-            return (v0, v1 / 256, v2, v3 / 256, total, total)
+    prepared = ()
+    for chunk in tl.static_range(count // 2):
+        values = ()
+        for half in tl.static_range(2 * chunk, 2 * chunk + 2):
+            value = tiles[half].to(tl.float32)
+            if NORM == "layernorm":
+                value = (value - mean) * factor * weights[half].to(tl.float32) + biases[half].to(tl.float32)
+            elif NORM != "none":
+                value *= weights[half].to(tl.float32)
+                if KIND == "fp8":
+                    value *= factor
+            values = values + _split8(value, LANES)
+        if KIND == "fp8":
+            prepared = prepared + values
         else:
-            return (v0, v1, v2, v3, total, total)
+            # RMSNorm's factor goes to the scale of the integers.
+            prepared = prepared + _prepared(values, factor if NORM == "rmsnorm" else 1.0, KIND, ASM)
+    return prepared
 
 
 @triton.jit
-def _float(bits, exponent):  # type: ignore[no-untyped-def]
-    return (bits | exponent).to(tl.float32, bitcast=True)
+def _split4(tile, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Columns of a (LANES, 4) tile."""
+    even, odd = tl.split(tl.reshape(tile, (LANES, 2, 2)))
+    v0, v2 = tl.split(even)
+    v1, v3 = tl.split(odd)
+    return v0, v1, v2, v3
+
+
+@triton.jit
+def _split8(tile, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Columns of a (LANES, 8) tile."""
+    even, odd = tl.split(tl.reshape(tile, (LANES, 2, 2, 2)))
+    a, b = tl.split(even)
+    c, d = tl.split(odd)
+    v0, v4 = tl.split(a)
+    v2, v6 = tl.split(b)
+    v1, v5 = tl.split(c)
+    v3, v7 = tl.split(d)
+    return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit
+def _prepared(values, factor, KIND: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """16 values of a lane as integers: the bytes of four at a time, low and high, in the order in which codes come.
+
+    Then their sum and their scale, times ``factor``.
+    """
+    largest = tl.abs(values[0])
+    for place in tl.static_range(1, 16):
+        largest = tl.maximum(largest, tl.abs(values[place]), propagate_nan=tl.PropagateNan.ALL)
+    # What is no number, or infinite, has a scale of its kind and no inverse.
+    inverse = tl.where((largest > 1e-30) & (largest < float("inf")), _LEVELS / largest, 0.0)
+    if KIND == "int4":
+        # Of 8 codes in a word the even ones come first, as one mask finds them.
+        packed = _bytes(values, inverse, 0, 2, ASM) + _bytes(values, inverse, 1, 2, ASM)
+        packed = packed + _bytes(values, inverse, 8, 2, ASM) + _bytes(values, inverse, 9, 2, ASM)
+    else:
+        packed = _bytes(values, inverse, 0, 1, ASM) + _bytes(values, inverse, 4, 1, ASM)
+        packed = packed + _bytes(values, inverse, 8, 1, ASM) + _bytes(values, inverse, 12, 1, ASM)
+    low = packed[0] * 0
+    high = packed[0] * 0
+    ones = low + 0x01010101
+    for quarter in tl.static_range(4):
+        low = _dot4(ones, packed[2 * quarter], low, ASM)
+        high = _dot4(ones, packed[2 * quarter + 1], high, ASM)
+    return packed + (low + (high << 8), largest * factor / _LEVELS)
+
+
+@triton.jit
+def _bytes(values, inverse, FIRST: tl.constexpr, STEP: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Low bytes of four values' integers in a word, and high ones, which are those of the integers plus 128.
+
+    Added to ``_ROUND``, a number leaves its nearest integer in the two lowest bytes of the sum.
+    """
+    low = ()
+    high = ()
+    for place in tl.static_range(4):
+        value = values[FIRST + STEP * place]
+        low = low + ((value * inverse + _ROUND).to(tl.int32, bitcast=True),)  # type: ignore[assignment]
+        high = high + ((value * inverse + (_ROUND + 128.0)).to(tl.int32, bitcast=True),)  # type: ignore[assignment]
+    return _packed(low, 0, ASM), _packed(high, 1, ASM)
+
+
+@triton.jit
+def _packed(numbers, BYTE: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Byte 0 or 1 of each of four numbers in a word."""
+    a, b, c, d = numbers
+    if ASM:
+        pick: tl.constexpr = "0x0040" if BYTE == 0 else "0x0051"
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 s, t; prmt.b32 s, $1, $2, "
+            + pick
+            + "; prmt.b32 t, $3, $4, "
+            + pick
+            + "; prmt.b32 $0, s, t, 0x5410;}",
+            "=r,r,r,r,r",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        shift: tl.constexpr = 8 * BYTE
+        low = ((a >> shift) & 255) | (((b >> shift) & 255) << 8)
+        return low | (((c >> shift) & 255) << 16) | ((d >> shift) << 24)
+
+
+@triton.jit
+def _dot4(codes, values, total, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """total plus the products of four unsigned bytes with four signed ones."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, values, total], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        for place in tl.static_range(4):
+            total += ((codes >> (8 * place)) & 255) * ((values << (24 - 8 * place)) >> 24)
+        return total
+
+
+@triton.jit
+def _dot16(  # type: ignore[no-untyped-def]
+    words, point, prepared, WORD: tl.constexpr, START: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Sum over a lane's 16 codes, words WORD on, of (code - zero) times prepared values, START on; float32 (LANES,)."""
+    total, scale = prepared[START + 8], prepared[START + 9]
+    middle: tl.constexpr = 8 if KIND == "int4" else 128
+    low = total * 0 if ZEROS else total * (-middle)
+    high = total * 0
+    for quarter in tl.static_range(4):
+        if KIND == "int4":
+            word = words[WORD + quarter // 2]
+            four = (word >> (4 * (quarter % 2))) & 0x0F0F0F0F
+        else:
+            four = words[WORD + quarter]
+        low = _dot4(four, prepared[START + 2 * quarter], low, ASM)
+        high = _dot4(four, prepared[START + 2 * quarter + 1], high, ASM)
+    result = (low + (high << 8)).to(tl.float32)
+    if ZEROS:
+        result -= point.to(tl.float32) * total.to(tl.float32)
+    return result * scale
 
 
 @triton.jit
@@ -181,48 +291,19 @@ def _from_fp8(code):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _word_product(  # type: ignore[no-untyped-def]
-    word, point, places, large, one, START: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr
-):
-    """Sum over a word's codes of (code - zero) times the vector's values, places START on of the tuple."""
-    if KIND == "int4":
-        middle: tl.constexpr = 0 if ZEROS else 8
-        high = word >> 12
-        total = _float(word & 0xF0000, one) * places[START + 4] - places[START + 8]
-        total += _float(high & 0xF0000, one) * places[START + 7]
-        total += _float(word & 0xF000, one) * places[START + 3]
-        total += _float(high & 0xF000, one) * places[START + 6]
-        total += (_float(word & 0xF, large) - (_BASE + middle)) * places[START]
-        total += (_float(word & 0xF0, large) - (_BASE + 16 * middle)) * places[START + 1]
-        total += (_float(word & 0xF00, large) - (_BASE + 256 * middle)) * places[START + 2]
-        total += (_float(high & 0xF00, large) - (_BASE + 256 * middle)) * places[START + 5]
-        if ZEROS:
-            total -= point.to(tl.float32) * places[START + 9]
-    elif KIND == "int8":
-        offset: tl.constexpr = 0 if ZEROS else 128
-        high = word >> 16
-        total = (_float(word & 0xFF, large) - (_BASE + offset)) * places[START]
-        total += (_float(word & 0xFF00, large) - (_BASE + 256 * offset)) * places[START + 1]
-        total += (_float(high & 0xFF, large) - (_BASE + offset)) * places[START + 2]
-        total += (_float(high & 0xFF00, large) - (_BASE + 256 * offset)) * places[START + 3]
-        if ZEROS:
-            total -= point.to(tl.float32) * places[START + 5]
-    else:
-        total = _from_fp8(word) * places[START]
-        total += _from_fp8(word >> 8) * places[START + 1]
-        total += _from_fp8(word >> 16) * places[START + 2]
-        total += _from_fp8(word >> 24) * places[START + 3]
-        total *= 256.0
-    return total
+def _dot16_fp8(words, values, WORD: tl.constexpr, START: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sum over a lane's 16 codes, words WORD on, of code times values, START on; float32 (LANES,)."""
+    total = _from_fp8(words[WORD]) * values[START]
+    for place in tl.static_range(1, 16):
+        total += _from_fp8(words[WORD + place // 4] >> (8 * (place % 4))) * values[START + place]
+    return total * 256.0
 
 
 @triton.jit
 def dot_rows(  # type: ignore[no-untyped-def]
     held,
-    places,
+    prepared,
     row_scale,
-    large,
-    one,
     first,
     num_rows,
     ROWS: tl.constexpr,
@@ -231,17 +312,22 @@ def dot_rows(  # type: ignore[no-untyped-def]
     KIND: tl.constexpr,
     ZEROS: tl.constexpr,
     BYTES: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Products (ROWS,) float32 of held rows with a vector in places."""
+    """Products (ROWS,) float32 of held rows with a prepared vector."""
     words, scales, points = held
-    per: tl.constexpr = 8 if KIND == "int4" else 4
-    count: tl.constexpr = (WIDTH // per + LANES - 1) // LANES
+    each: tl.constexpr = 2 if KIND == "int4" else 4
+    per: tl.constexpr = 16 if KIND == "fp8" else 10
+    count: tl.constexpr = (WIDTH + 16 * LANES - 1) // (16 * LANES)
     sums = ()
     for row in tl.static_range(ROWS):
         total = tl.zeros((LANES,), tl.float32)
         for chunk in tl.static_range(count):
-            point = points[row * count + chunk] if ZEROS else 0
-            part = _word_product(words[row * count + chunk], point, places, large, one, chunk * (per + 2), KIND, ZEROS)
+            if KIND == "fp8":
+                part = _dot16_fp8(words, prepared, (row * count + chunk) * each, chunk * per)
+            else:
+                point = points[row * count + chunk] if ZEROS else 0
+                part = _dot16(words, point, prepared, (row * count + chunk) * each, chunk * per, KIND, ZEROS, ASM)
             total += part * scales[row * count + chunk].to(tl.float32)
         sums = sums + (total,)  # type: ignore[assignment]
     result = _sum_lanes(sums, ROWS, LANES)
