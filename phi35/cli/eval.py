@@ -144,3 +144,19 @@ def tasks(
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(line + "\n")
     print(line)
+
+
+@app.command()
+def report(
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Results of eval tasks, needles and demo, records of benchmarks.")
+    ],
+    output: Annotated[Path, typer.Option(help="Page to write: .md or .html.")],
+    model: Annotated[str, typer.Option(help="Preset whose published scores stand beside.")] = "phi-3.5-mini",
+) -> None:
+    """Write one page with a model's scores beside the published ones, its speed and memory."""
+    from phi35.evaluation.report import collect, write
+
+    card = collect(model, inputs)
+    write(card, output)
+    print(f"{output}: {', '.join(f'{title} ({len(rows)} rows)' for title, rows in card.tables.items())}")
