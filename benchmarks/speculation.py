@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="cut the models to so many layers")
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 4, 8], help="tokens of a draft")
     parser.add_argument("--chances", type=float, nargs="+", default=[0.3, 0.6, 0.8, 0.95])
+    parser.add_argument("--quantization", choices=["int4", "int8"], help="of the models' linear layers")
+    parser.add_argument("--dtype", help="by default bfloat16 on a GPU and float32 on a CPU")
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=256)
@@ -121,7 +123,9 @@ def main() -> None:
 def measure(record: dict[str, Any], arguments: argparse.Namespace, name: str, device: torch.device) -> None:
     """All cases of one model."""
     changes: dict[str, Any] = {} if arguments.layers is None else {"num_hidden_layers": arguments.layers}
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if arguments.quantization is not None:
+        changes["quantization"] = arguments.quantization
+    dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     preset = (SMALL if arguments.small else PRESETS)[name]
     model = phi35.create(preset, device=device, dtype=dtype, seed=0, **changes)
     for rows in arguments.rows:
@@ -129,6 +133,7 @@ def measure(record: dict[str, Any], arguments: argparse.Namespace, name: str, de
         ids = torch.randint(5, 900, (rows, arguments.prompt), generator=generator)
         alone = rate(model, ids, arguments.new_tokens)
         case = {"model": name, "rows": rows, "layers": model.config.num_hidden_layers}
+        case |= {"dtype": dtype, "quantization": arguments.quantization}
         record.setdefault("rows", []).append(case | {"drafts": "none", "tokens_per_s": alone["tokens_per_s"]})
         print(record["rows"][-1], flush=True)
         for count in arguments.counts:
