@@ -277,6 +277,7 @@ class OffloadedExperts(nn.Module):
             _set(self, name, tensor)
         if device.type == "cuda" and name not in self._pins:
             self._pins[name] = weakref.finalize(self, pin(tensor))
+            self._pins[name].atexit = False  # the system unlocks what a process leaves
 
     def extra_repr(self) -> str:
         """Counts, for the printed model."""
