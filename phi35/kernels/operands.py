@@ -128,7 +128,12 @@ class LayerCache:
         if self.table is None:
             return tensor[rows, :, :num_slots]
         table = self.table[rows, : -(-num_slots // self.keys.shape[2])].long()
-        return tensor[table].transpose(1, 2).flatten(2, 3)[:, :, :num_slots]
+        # One copy: stretches of a page and head, picked in the order of rows, heads, pages.
+        num_kv = tensor.shape[1]
+        places = table[:, None, :] * num_kv + torch.arange(num_kv, device=table.device)[:, None]
+        stretches = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+        picked = stretches.flatten(0, 1).index_select(0, places.flatten()).view(tensor.dtype)
+        return picked.view(len(table), num_kv, -1, *tensor.shape[3:])[:, :, :num_slots]
 
 
 ROW_FIELDS = (

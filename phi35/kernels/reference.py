@@ -11,6 +11,9 @@ from phi35.feed_forward import ACTIVATIONS
 from phi35.kernels.operands import LayerCache, Norm, Rope, StepState
 from phi35.rope import apply_rotary
 
+GATHERED_BYTES = 2**21
+"""Keys that are gathered from pages at a time on a CPU."""
+
 
 def normed(hidden: torch.Tensor, norm: Norm) -> torch.Tensor:
     """The norm of (B, D)."""
@@ -66,8 +69,30 @@ def attend(
     pattern: BlockPattern | None = None,
 ) -> None:
     """See ``phi35.kernels.attention.attend``; here with any factor on the products, and block-sparse with a pattern."""
+    batch = query.shape[0]
+    at_once = batch
+    if cache.table is not None and query.device.type == "cpu":
+        # What is gathered from pages for a few rows stays in the processor's cache, and its memory is used again.
+        row_bytes = cache.num_slots * cache.num_kv * cache.head_dim * cache.dtype.itemsize
+        at_once = max(1, GATHERED_BYTES // row_bytes)
+    for start in range(0, batch, at_once):
+        rows = slice(start, min(batch, start + at_once))
+        _attend_rows(query[rows], cache, rows, lengths[rows], out[rows], sliding_window, scale, pattern)
+
+
+def _attend_rows(
+    query: torch.Tensor,
+    cache: LayerCache,
+    rows: slice,
+    lengths: torch.Tensor,
+    out: torch.Tensor,
+    sliding_window: int | None,
+    scale: float | None,
+    pattern: BlockPattern | None,
+) -> None:
+    """``attend`` for some rows of a cache."""
     batch, num_slots = query.shape[0], cache.num_slots
-    keys, values = cache.read(slice(0, batch), num_slots)
+    keys, values = cache.read(rows, num_slots)
     places = torch.arange(num_slots, device=query.device)
     last = lengths.clamp(max=num_slots - 1)[:, None]
     mask = places <= last
