@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = {
     "two_images.py": ["which image shows a red circle? -> first", "same shape? -> no"],
     "model_from_a_preset.py": ["41,873,153,344", "same logits after save and load: True"],
+    "peft_and_trl.py": ["learned: True"],
     "chat_and_stream.py": ["same seed, same text: True"],
 }
 
