@@ -205,6 +205,35 @@ def test_a_killed_rank_takes_the_others_down(text_folder, tmp_path):
     assert "rank 1 has given no sign of life for 4 s" in other_output
 
 
+def fail_outside_the_steps(rank, world_size, values, folder, where):
+    """Rank 1 fails before the first step, or rank 0 behind the last one, where the other waits for it for days."""
+    from phi35.training import run, watchdog
+
+    watchdog.SILENCE_SECONDS, watchdog.GRACE_SECONDS = 4.0, 1.0
+    name, failing = ("build_model", "1") if where == "before" else ("export", "0")
+    work = getattr(run, name)
+
+    def told(*arguments, **options):
+        if os.environ["RANK"] == failing:
+            raise KeyError("the cause of it all")
+        return work(*arguments, **options)
+
+    setattr(run, name, told)
+    ranks = Ranks(2, _free_port(), Path(folder), lambda _: run_command(values))
+    return [(one.status, one.seconds, one.output) for one in ranks.wait_for(timeout=60)]
+
+
+@pytest.mark.parametrize(("where", "failing"), [("before", 1), ("behind", 0)])
+def test_a_rank_that_fails_outside_the_steps_takes_the_other_down(text_folder, tmp_path, where, failing):
+    values = text_settings(text_folder, tmp_path / "run", max_steps=2, warmup_steps=1, export=True)
+    (ended,) = run_distributed(fail_outside_the_steps, 1, values, str(tmp_path), where, init=False)
+    assert [status for status, _, _ in ended] == [1, 1] and max(seconds for _, seconds, _ in ended) < 40
+    assert f"rank {failing} failed:\nTraceback" in ended[failing][2] and "the cause of it all" in ended[failing][2]
+    if where == "before":  # behind the last step gloo may tell the other sooner
+        assert "rank 0 stops: rank 1 failed: KeyError" in ended[0][2]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir() == (where == "behind")
+
+
 def hang_in_step_three(rank, world_size, values, folder):
     def hang_here(step):
         if step == 3 and os.environ["RANK"] == "1":
