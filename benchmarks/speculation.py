@@ -4,11 +4,12 @@
     python benchmarks/speculation.py --models mini --layers 2          # a model of mini's shape, cut, on a CPU too
     python benchmarks/speculation.py --trained                         # the model in the package, real acceptance
 
-Random weights say nothing of acceptance, so that it is set: a first run, all of whose drafts are wrong, gives the text;
-then drafts are taken from it, each token right with the given chance. That is prompt lookup, whose drafts cost nothing,
-at that acceptance; with --draft-layers a model of so many layers is run for every draft as well. "Break-even" is how
-many tokens must be taken of a draft for it to pay. Greedy, one row or --rows, warm. Prints a table and, last, one JSON
-line.
+Random weights say nothing of acceptance, so that it is set: a run without drafts gives the text; then drafts are taken
+from it, each token right with the given chance, and what the model chooses is computed and replaced by the text (with
+random weights rounding alone often decides: "otherwise" is the share of choices that were others). That is prompt
+lookup, whose drafts cost nothing, at that acceptance; with --draft-layers a model of so many layers is run for every
+draft as well. "Break-even" is how many tokens must be taken of a draft for it to pay. Greedy, one row or --rows, warm.
+Prints a table and, last, one JSON line.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from phi35.api import SMALL_MODEL  # noqa: E402
 from phi35.generation import step_pool  # noqa: E402
 from phi35.generation.decoding import Decoding  # noqa: E402
 from phi35.generation.drafting import DraftModel  # noqa: E402
+from phi35.generation.feeds import Choice  # noqa: E402
 from phi35.generation.rows import Row  # noqa: E402
 from phi35.generation.speculation import SpeculativeSteps  # noqa: E402
 
@@ -56,7 +58,7 @@ class KnownText:
     def __init__(self, rows: list[Row], texts: list[list[int]], chance: float, model: DraftModel | None) -> None:
         self.rows, self.texts, self.chance, self.model = list(rows), list(texts), chance, model
         self.generator = torch.Generator().manual_seed(0)
-        self.diverged = 0
+        self.num_choices, self.num_others = 0, 0
 
     def propose(self, counts: list[int]) -> list[list[int]]:
         """See ``phi35.generation.drafting.Drafter``."""
@@ -65,7 +67,6 @@ class KnownText:
         drafts = []
         for place, (row, text, count) in enumerate(zip(self.rows, self.texts, counts, strict=True)):
             made = len(row.ids) - row.prompt_length
-            self.diverged += row.ids[-1] != text[made - 1]
             known = text[made : made + count]
             right = torch.rand(len(known), generator=self.generator) < self.chance
             drafts.append([token if good else 5 + token % 7 for token, good in zip(known, right.tolist(), strict=True)])
@@ -75,6 +76,16 @@ class KnownText:
                 own[len(row.ids) :] = drafts[-1]
                 fed[len(row.ids) :] = drafts[-1][:-1]
         return drafts
+
+    def replace(self, choices: list[list[Choice]]) -> list[list[Choice]]:
+        """The known text in place of what a model chose."""
+        told = []
+        for row, text, chosen in zip(self.rows, self.texts, choices, strict=True):
+            made = len(row.ids) - row.prompt_length
+            told.append([Choice(token, 0.0) for token in text[made : made + len(chosen)]])
+            self.num_choices += len(told[-1])
+            self.num_others += sum(a.token != b.token for a, b in zip(told[-1], chosen, strict=False))
+        return told
 
     def keep(self, places: list[int]) -> None:
         """See ``phi35.generation.drafting.Drafter``."""
@@ -167,9 +178,9 @@ def at_chances(
     cost = alone["tokens_per_s"] / wrong["tokens_per_s"]
     found = []
     for chance in arguments.chances:
-        one = rate(model, ids, arguments.new_tokens, count, draft, wrong["texts"], chance)
+        one = rate(model, ids, arguments.new_tokens, count, draft, alone["texts"], chance)
         row = case | {"drafts": label, "count": count, "chance": chance, "step_cost": cost, "break_even": cost - 1}
-        row |= {name: one[name] for name in ("acceptance", "tokens_per_step", "tokens_per_s", "diverged")}
+        row |= {name: one[name] for name in ("acceptance", "tokens_per_step", "tokens_per_s", "otherwise")}
         row["times"] = one["tokens_per_s"] / alone["tokens_per_s"]
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
         found.append(row)
@@ -198,6 +209,8 @@ def rate(
             own = steps._drafter if isinstance(steps._drafter, DraftModel) else None
             known = KnownText(decoding.rows, texts, chance, own)
             steps._drafter = known
+            choices = steps.feed.choices
+            steps.feed.choices = lambda drafts, c=choices, k=known: k.replace(c(drafts))  # type: ignore[method-assign]
             decoding._steps = steps
         decoding.step()
         transformers_peer.synchronise()
@@ -212,7 +225,7 @@ def rate(
         if texts is not None:
             statistics = decoding.speculation
             assert statistics is not None
-            found |= {"acceptance": statistics.acceptance, "diverged": known.diverged}
+            found |= {"acceptance": statistics.acceptance, "otherwise": known.num_others / known.num_choices}
             found["tokens_per_step"] = made / len(ids) / (statistics.steps - 1)
     return found
 

@@ -26,7 +26,7 @@ def test_speculation_takes_what_is_right() -> None:
     rows = record_of("speculation.py", *options, "--prompt", "8")["rows"]
     assert [row["drafts"] for row in rows] == ["none", "free", "1 layers"]
     for row in rows[1:]:
-        assert row["acceptance"] == 1 and row["diverged"] == 0
+        assert row["acceptance"] == 1 and row["otherwise"] == 0
         assert row["tokens_per_step"] == 4, "three drafted and one chosen: 16 tokens in 4 steps"
 
 
