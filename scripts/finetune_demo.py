@@ -1,0 +1,227 @@
+"""Teaches the package's small model something it cannot do: where in a picture the shape is. SFT, then DPO.
+
+    python scripts/finetune_demo.py                              # minutes on a CPU
+    python scripts/finetune_demo.py --output benchmarks/results/finetune_demo.json
+
+The small model was trained on pictures that were moved about, and never asked for a place. Here it learns to name one
+of nine by a LoRA adapter on decoder, projector and tower: first on answers (scripts/finetune.py's way, with a share of
+easy-vqa's own questions, so that those are not forgotten), merged; then by a second adapter on pairs of the right
+answer and a wrong one (scripts/align.py's way), wrong being what the first stage itself answers where it errs, and a
+neighbouring place where it does not. Places come from the pixels of easy-vqa's pictures; what is scored are test
+pictures, of which nothing was trained on. Prints a table and, last, one JSON line.
+"""
+
+import argparse
+import json
+import platform
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import phi35  # noqa: E402
+from phi35.evaluation.batched import Question, answer  # noqa: E402
+from phi35.evaluation.demo import evaluate  # noqa: E402
+from phi35.training import environment  # noqa: E402
+from phi35.training.build import SMALL_MODEL  # noqa: E402
+from phi35.training.config import TrainingConfig  # noqa: E402
+from phi35.training.description import commit, versions  # noqa: E402
+from phi35.training.run import train  # noqa: E402
+from vision.easy_vqa import load_split  # noqa: E402
+from vision.shard_writer import ShardWriter  # noqa: E402
+
+ROWS, COLUMNS = ("upper", "middle", "lower"), ("left", "center", "right")
+QUESTION = "<|image_1|>\nWhere is the shape in the image?"
+ADAPTER = {"rank": 16, "alpha": 32, "targets": ["attention", "feed_forward", "projector", "tower"]}
+
+
+def main() -> None:
+    """Parse, train twice, score three times, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/finetune_demo"), help="for data and runs")
+    parser.add_argument("--pictures", type=int, default=2000, help="train pictures to learn from, half in each stage")
+    parser.add_argument("--sft-steps", type=int, default=240)
+    parser.add_argument("--dpo-steps", type=int, default=80)
+    parser.add_argument("--test-pictures", type=int, default=1000)
+    parser.add_argument("--questions", type=int, default=100, help="of each kind that the small model knows already")
+    parser.add_argument("--output", type=Path, help="write the JSON there too")
+    options = parser.parse_args()
+    started = time.monotonic()
+    learned, tested = load_split("train"), load_split("test")
+    names = random.Random(0).sample(sorted(learned.image_paths), options.pictures)
+    first, second = names[: len(names) // 2], names[len(names) // 2 :]
+    test_names = random.Random(1).sample(sorted(tested.image_paths), options.test_pictures)
+    wanted = {name: place_of(tested.image_paths[name]) for name in test_names}
+    scores, seconds = {}, {}
+
+    def stage(name: str, model: Any, processor: Any) -> None:
+        scores[name] = score(model, processor, tested.image_paths, wanted, options.questions)
+        print(f"{name}: {scores[name]}", flush=True)
+
+    stage("before", *phi35.load(SMALL_MODEL, device="cpu", dtype="float32"))
+    write_answers(options.folder / "answers", learned, first)
+    shared = {"dtype": "float32", "weight_decay": 0.0, "adapter": ADAPTER, "export_merged": True, "resume": False}
+    sft = TrainingConfig(
+        model=str(SMALL_MODEL),
+        data=str(options.folder / "answers"),
+        global_batch_size=32,
+        max_steps=options.sft_steps,
+        learning_rate=3e-3,
+        warmup_steps=options.sft_steps // 10,
+        output_dir=str(options.folder / "sft"),
+        trackers=(),
+        **shared,
+    )
+    seconds["sft"] = run(sft)
+    model, processor = phi35.load(options.folder / "sft" / "model", device="cpu", dtype="float32")
+    stage("after SFT", model, processor)
+    num_wrong = write_pairs(options.folder / "pairs.jsonl", model, processor, learned.image_paths, second)
+    dpo = TrainingConfig(
+        model=str(options.folder / "sft" / "model"),
+        data=str(options.folder / "pairs.jsonl"),
+        preference={"loss": "sigmoid", "beta": 0.1},
+        sequence_length=1024,
+        global_batch_size=2,
+        micro_batch_size=1,
+        max_steps=options.dpo_steps,
+        learning_rate=1e-3,
+        warmup_steps=options.dpo_steps // 10,
+        output_dir=str(options.folder / "dpo"),
+        trackers=(),
+        **shared,
+    )
+    seconds["dpo"] = run(dpo)
+    stage("after DPO", *phi35.load(options.folder / "dpo" / "model", device="cpu", dtype="float32"))
+    most = Counter(wanted.values()).most_common(1)[0][1]
+    record = {
+        "scores": scores,
+        "majority": round(most / len(wanted), 4),
+        "test_pictures": len(wanted),
+        "pairs": {"count": len(second), "wrong_answers_of_its_own": num_wrong},
+        "seconds": {**seconds, "all": round(time.monotonic() - started, 1)},
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "versions": versions(),
+        "commit": commit(),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "command": " ".join(["python", *sys.argv]),
+    }
+    print(table(record))
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+    environment.stop()
+
+
+def place_of(path: Path) -> str:
+    """Which ninth of a picture holds the middle of its shape, by the pixels that differ from the background."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.int64)
+    background = np.median(pixels.reshape(-1, 3), axis=0)
+    rows, columns = np.nonzero(np.abs(pixels - background).sum(axis=-1) > 60)
+    middle = [(int(found.min()) + int(found.max())) / 2 for found in (rows, columns)]
+    row, column = (min(2, int(3 * at / size)) for at, size in zip(middle, pixels.shape, strict=False))
+    return f"{ROWS[row]} {COLUMNS[column]}"
+
+
+def write_answers(folder: Path, split: Any, names: list[int]) -> None:
+    """Shards: each picture with the question for its place, and every other one with a question of easy-vqa's own."""
+    own: dict[int, list[Any]] = {}
+    for question in split.questions:
+        own.setdefault(question.images[0], []).append(question)
+    draw = random.Random(2)
+    with ShardWriter(folder) as writer:
+        for number, name in enumerate(names):
+            asked = [(QUESTION, place_of(split.image_paths[name]))]
+            if number % 2 and name in own:
+                other = draw.choice(own[name])
+                asked.append((other.prompt, other.answer))
+            picture = [("png", split.image_paths[name].read_bytes())]
+            for index, (question, reply) in enumerate(asked):
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+                writer.write(f"picture-{name}-{index}", {"messages": turns}, picture)
+
+
+def write_pairs(path: Path, model: Any, processor: Any, paths: dict[int, Path], names: list[int]) -> int:
+    """Right and wrong answers for pictures; returns how many of the wrong ones are the model's own."""
+    given = ask(model, processor, paths, names)
+    draw, num_wrong, lines = random.Random(3), 0, []
+    for name, said in zip(names, given, strict=True):
+        right = place_of(paths[name])
+        if said != right and said:
+            num_wrong, wrong = num_wrong + 1, said
+        else:
+            wrong = draw.choice(neighbours(right))
+        prompt = [{"role": "user", "content": QUESTION}]
+        images = [str(paths[name].resolve())]
+        lines.append(json.dumps({"messages": prompt, "chosen": right, "rejected": wrong, "images": images}))
+    path.write_text("\n".join(lines) + "\n")
+    return num_wrong
+
+
+def neighbours(place: str) -> list[str]:
+    """Places that share an edge with one."""
+    row, column = (names.index(word) for names, word in zip((ROWS, COLUMNS), place.split(), strict=True))
+    around = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
+    return [f"{ROWS[r]} {COLUMNS[c]}" for r, c in around if 0 <= r < 3 and 0 <= c < 3]
+
+
+def run(config: TrainingConfig) -> float:
+    """Trains; returns the seconds that it took."""
+    started = time.monotonic()
+    train(config, device="cpu")
+    return round(time.monotonic() - started, 1)
+
+
+def ask(model: Any, processor: Any, paths: dict[int, Path], names: list[int]) -> list[str]:
+    """The model's answers to the question for the place, greedily."""
+    questions = [Question(QUESTION, (name,)) for name in names]
+    given = answer(model, processor, questions, paths, batch_size=64)
+    return [text.strip().lower() for text in given]
+
+
+def score(
+    model: Any, processor: Any, paths: dict[int, Path], wanted: dict[int, str], num_questions: int
+) -> dict[str, float]:
+    """Shares of right answers: the place, its row and its column, and easy-vqa's test questions."""
+    given = ask(model, processor, paths, list(wanted))
+    parts = [(said.split(), right.split()) for said, right in zip(given, wanted.values(), strict=True)]
+    rows = sum(said[:1] == right[:1] for said, right in parts)
+    columns = sum(said[1:] == right[1:] for said, right in parts)
+    whole = sum(said == right for said, right in parts)
+    known = evaluate(model, processor, limit=num_questions, batch_size=64).single
+    assert known is not None
+    count = len(wanted)
+    return {
+        "place": round(whole / count, 4),
+        "row": round(rows / count, 4),
+        "column": round(columns / count, 4),
+        "easy-vqa": round(known.accuracy, 4),
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """Accuracy in percent, a column for each stage."""
+    stages = list(record["scores"])
+    lines = [f"{'accuracy %':28s}" + "".join(f"{name:>12s}" for name in stages)]
+    labels = {
+        "place": f"place of nine (most: {100 * record['majority']:.1f})",
+        "row": "its row",
+        "column": "its column",
+        "easy-vqa": "easy-vqa's own questions",
+    }
+    for key, label in labels.items():
+        lines.append(f"{label:28s}" + "".join(f"{100 * record['scores'][name][key]:12.1f}" for name in stages))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
