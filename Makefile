@@ -5,7 +5,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test long faults lint format clean megablocks gpu
+.PHONY: install proof demo test long faults lint format clean megablocks gpu
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ $(VENV)/megablocks-sources: $(VENV)/.installed
 test: install $(VENV)/megablocks-sources
 	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 PHI35_MEGABLOCKS_SOURCES="$(abspath $(VENV))/megablocks-sources" \
 		$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 15
+
+# The small model learns what it cannot do: SFT, then DPO, with accuracies before and after. Minutes on a CPU.
+proof: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/finetune_demo.py
 
 # Tests that take minutes: samples of 131,072 tokens.
 long: install

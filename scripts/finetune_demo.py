@@ -69,13 +69,13 @@ def main() -> None:
 
     stage("before", *phi35.load(SMALL_MODEL, device="cpu", dtype="float32"))
     write_answers(options.folder / "answers", learned, first)
-    shared = {"dtype": "float32", "weight_decay": 0.0, "adapter": ADAPTER, "export_merged": True, "resume": False}
+    shared: dict[str, Any] = {"dtype": "float32", "weight_decay": 0.0, "resume": False}
     sft = TrainingConfig(
         model=str(SMALL_MODEL),
         data=str(options.folder / "answers"),
         global_batch_size=32,
         max_steps=options.sft_steps,
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         warmup_steps=options.sft_steps // 10,
         output_dir=str(options.folder / "sft"),
         trackers=(),
@@ -88,6 +88,8 @@ def main() -> None:
     dpo = TrainingConfig(
         model=str(options.folder / "sft" / "model"),
         data=str(options.folder / "pairs.jsonl"),
+        adapter=ADAPTER,
+        export_merged=True,
         preference={"loss": "sigmoid", "beta": 0.1},
         sequence_length=1024,
         global_batch_size=2,
