@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from phi35.config import ModelConfig
 from phi35.fused_head import head_loss
+from phi35.quantization.cpu import native
 
 LOGITS_PER_CHUNK = 2**26
 """Logits held at once (256 MiB in float32)."""
@@ -34,9 +35,11 @@ class LanguageModelHead(nn.Linear):
 
     Attributes:
         fused: take the loss by ``phi35.fused_head``.
+        in_c: take logits of a few rows by the C kernel of models in few bits, where it runs and is faster than torch.
     """
 
     fused = False
+    in_c = False
 
     def __init__(
         self,
@@ -73,6 +76,8 @@ class LanguageModelHead(nn.Linear):
             mask = self._mask()
             bias = mask if bias is None else bias + mask
         if labels is None:
+            if self.in_c and native.takes_bfloat16(hidden_states, self.weight):
+                return native.bfloat16_product(hidden_states, self.weight, bias)
             return F.linear(hidden_states, self.weight, bias)
         flat_states, flat_labels = hidden_states.reshape(-1, self.in_features), labels.reshape(-1)
         if per_token:

@@ -161,6 +161,9 @@ def quantize_structure(model: nn.Module, config: ModelConfig) -> None:
         twin = _twin(module, one, scale_dtype)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, twin.train(module.training))
+    for module in model.modules():
+        if isinstance(module, LanguageModelHead):
+            module.in_c = True
 
 
 def format_of(name: str, module: nn.Module, quantization: QuantizationConfig) -> WeightFormat | None:

@@ -109,8 +109,8 @@ def experts_case(one: WeightFormat, tokens: int, top_k: int, act: str, dtype: to
 
 
 @torch.no_grad()
-def step_case(name: str, quantization: QuantizationConfig, **changes: object) -> dict[str, float]:
-    """Two whole steps of one token beside the model's forward pass."""
+def step_case(name: str, quantization: QuantizationConfig, steps: int, **changes: object) -> dict[str, float]:
+    """Whole steps of one token beside the model's forward pass."""
     small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     small |= {"head_dim": 16, "vocab_size": 96, "stop_token_ids": (90,), "eos_token_id": 90, "pad_token_id": 90}
     model = phi35.create(name, seed=0, initializer_range=0.2, quantization=quantization, **(small | changes))
@@ -124,7 +124,7 @@ def step_case(name: str, quantization: QuantizationConfig, **changes: object) ->
     step.operations = FewBitOperations(model.config.hidden_act, window, caches[0].layer(0), heads, tuning, False)
     step.state.tokens.copy_(tokens)
     worst, wrong = 0.0, 0
-    for _ in range(2):
+    for _ in range(steps):
         expected = model(tokens[:, None], past_key_values=caches[1]).logits[:, -1]
         step.run()
         worst = max(worst, relative(step.logits, expected))
@@ -150,10 +150,10 @@ if __name__ == "__main__":
     report["experts fp8"] = experts_case(row, 4, 1, "silu", single)
     report["half experts"] = experts_case(small, 9, 2, "silu", half)
     report["step dense"] = step_case(
-        "tiny-phi-3.5-mini", QuantizationConfig(linear=small, head=row, embedding=small), num_hidden_layers=1
+        "tiny-phi-3.5-mini", QuantizationConfig(linear=small, head=row, embedding=small), 2, num_hidden_layers=1
     )
     zeros = QuantizationConfig(linear=FORMATS["int4_g32_zeros"])
-    report["step sparse"] = step_case("tiny-phi-3.5-moe", zeros, num_hidden_layers=1)
+    report["step sparse"] = step_case("tiny-phi-3.5-moe", zeros, 1, num_hidden_layers=1)
     mixed = {"shared_expert_intermediate_size": 32, "decoder_sparse_step": 2, "dense_intermediate_size": 64}
-    report["step mixed"] = step_case("tiny-phi-3.5-moe", QuantizationConfig(linear=FORMATS["int8_zeros"]), **mixed)
+    report["step mixed"] = step_case("tiny-phi-3.5-moe", QuantizationConfig(linear=FORMATS["int8_zeros"]), 1, **mixed)
     json.dump(report, sys.stdout)

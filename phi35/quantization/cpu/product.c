@@ -15,9 +15,8 @@
 #endif
 
 #define BLOCK 128
-#define LEVELS 32767.0f
+#define LEVELS 32639.0f /* the largest whose high byte, rounded, is a signed one */
 #define ROWS_AT_ONCE 4
-#define ROWS_PER_TASK 16
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, UINT8 = 3 };
 enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
@@ -87,7 +86,32 @@ static inline int32_t zero_at(const Weight *w, int64_t row, int64_t group) {
     return (int32_t)(word >> (row % per_word * w->bits) & ((1u << w->bits) - 1));
 }
 
-/* One token's activations as 16-bit integers, in the order in which the kernels meet the codes. */
+/* A block of values as 16-bit integers over the largest of them; returns what to multiply them by. */
+static inline float round_block(const float *values, int64_t count, int32_t *numbers) {
+    int32_t top = 0; /* the order of sizes is that of their bits, and what is no number is the largest */
+    for (int64_t i = 0; i < count; i++) {
+        int32_t bits;
+        memcpy(&bits, values + i, 4);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    float largest;
+    memcpy(&largest, &top, 4);
+    float scale = largest / LEVELS, inverse = 1.0f / scale;
+    int finite = isfinite(inverse) && isfinite(scale);
+    if (!finite) inverse = 0.0f; /* all zero, too small to be divided by, or infinite */
+    for (int64_t i = 0; i < count; i++) {
+        float rounded = (values[i] * inverse + 12582912.0f) - 12582912.0f;
+        numbers[i] = (int32_t)rounded;
+    }
+    if (finite) return scale;
+    if (top < 0x7f800000) return 0.0f;
+    memset(numbers, 0, sizeof(int32_t) * (size_t)count);
+    numbers[0] = 1; /* infinite or no number: so is the result */
+    return scale;
+}
+
+/* One token's activations, in the order in which the kernels meet the codes. */
 static void prepare(const Weight *w, Activations *a, int64_t token, const void *input, int32_t kind) {
     const int64_t per_byte = 8 / w->bits, width = a->block_bytes * per_byte, unit = a->unit;
     int16_t *numbers = a->numbers + token * a->stride, *plain = a->plain;
@@ -96,29 +120,14 @@ static void prepare(const Weight *w, Activations *a, int64_t token, const void *
     for (int64_t block = 0; block < a->blocks; block++) {
         int64_t first = block * width, count = w->columns - first < width ? w->columns - first : width;
         float values[BLOCK];
+        int32_t rounded[BLOCK], sum = 0;
         if (kind == BFLOAT16) for (int64_t i = 0; i < count; i++) values[i] = widen(half[first + i]);
         else memcpy(values, full + first, sizeof(float) * (size_t)count);
-        int32_t top = 0, sum = 0; /* the order of sizes is that of their bits, and what is no number is the largest */
+        a->scales[token * a->blocks + block] = round_block(values, count, rounded);
         for (int64_t i = 0; i < count; i++) {
-            int32_t bits;
-            memcpy(&bits, values + i, 4);
-            bits &= 0x7fffffff;
-            top = bits > top ? bits : top;
+            plain[first + i] = (int16_t)rounded[i];
+            sum += rounded[i];
         }
-        float largest;
-        memcpy(&largest, &top, 4);
-        float scale = largest / LEVELS, inverse = 1.0f / scale;
-        int finite = isfinite(inverse) && isfinite(scale);
-        if (!finite) inverse = 0.0f; /* all zero, too small to be divided by, or infinite */
-        for (int64_t i = 0; i < count; i++) {
-            float rounded = (values[i] * inverse + 12582912.0f) - 12582912.0f;
-            int32_t number = (int32_t)rounded;
-            plain[first + i] = (int16_t)number;
-            sum += number;
-        }
-        if (!finite && top >= 0x7f800000) plain[first] = 1, sum = 1; /* infinite or no number: so is the result */
-        else if (!finite) scale = 0.0f;
-        a->scales[token * a->blocks + block] = scale;
         a->sums[token * a->blocks + block] = sum;
     }
     if (w->bits == 8) memcpy(numbers, plain, sizeof(int16_t) * (size_t)w->columns);
@@ -187,75 +196,7 @@ __attribute__((target("avx2,fma"))) static void row_avx2(
     *out = _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
 
-/* COUNT rows at a time for one token: the activations are loaded once for all of them. */
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
-
-TARGET_AVX512 static inline __attribute__((always_inline)) void rows_avx512(
-    const Weight *w, const Activations *a, int64_t row, int64_t token, float *out, const int bits, const int unit,
-    const int count) {
-    const int64_t row_bytes = a->row_bytes, blocks = a->blocks, block_bytes = a->block_bytes;
-    const uint8_t *codes = w->codes + row * row_bytes;
-    const int16_t *numbers = a->numbers + token * a->stride;
-    const float *scales = a->scales + token * blocks;
-    const int32_t *sums = a->sums + token * blocks;
-    const __m512i low = _mm512_set1_epi16(15);
-    const __m256i narrow_low = _mm256_set1_epi16(15);
-    __m512 total[ROWS_AT_ONCE];
-    for (int r = 0; r < count; r++) total[r] = _mm512_setzero_ps();
-    for (int64_t block = 0; block < blocks; block++) {
-        const int64_t group = w->groups == 1 ? 0 : block;
-        const int64_t first = block * block_bytes;
-        int64_t end = first + block_bytes;
-        if (end > row_bytes) end = row_bytes;
-        __m512i sum[ROWS_AT_ONCE];
-        for (int r = 0; r < count; r++)
-            sum[r] = _mm512_zextsi128_si512(_mm_cvtsi32_si128(-zero_at(w, row + r, group) * sums[block]));
-        if (unit == 16) { /* a block of 32 codes of 4 bits: even ones in the lower half, odd ones in the upper */
-            const __m512i x = _mm512_loadu_si512(numbers + first * 2);
-            for (int r = 0; r < count; r++) {
-                const __m128i raw = _mm_loadu_si128((const __m128i *)(codes + r * row_bytes + first));
-                const __m256i wide = _mm256_cvtepu8_epi16(raw);
-                const __m512i even = _mm512_castsi256_si512(_mm256_and_si256(wide, narrow_low));
-                const __m512i both = _mm512_inserti64x4(even, _mm256_srli_epi16(wide, 4), 1);
-                sum[r] = _mm512_dpwssd_epi32(sum[r], both, x);
-            }
-        }
-        for (int64_t byte = first; unit == 32 && byte < end; byte += 32) {
-            const int64_t left = end - byte;
-            const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
-            const int16_t *at = numbers + byte * (8 / bits);
-            const __m512i even = _mm512_loadu_si512(at);
-            const __m512i odd = bits == 4 ? _mm512_loadu_si512(at + 32) : even;
-            for (int r = 0; r < count; r++) {
-                const uint8_t *here = codes + r * row_bytes + byte;
-                const __m512i wide = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, here));
-                if (bits == 8) sum[r] = _mm512_dpwssd_epi32(sum[r], wide, even);
-                else {
-                    sum[r] = _mm512_dpwssd_epi32(sum[r], _mm512_and_si512(wide, low), even);
-                    sum[r] = _mm512_dpwssd_epi32(sum[r], _mm512_srli_epi16(wide, 4), odd);
-                }
-            }
-        }
-        for (int r = 0; r < count; r++) {
-            const __m512 both = _mm512_set1_ps(scale_at(w, row + r, group) * scales[block]);
-            total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]), both, total[r]);
-        }
-    }
-    for (int r = 0; r < count; r++) out[r] = _mm512_reduce_add_ps(total[r]);
-}
-
-#define WIDE_CASE(BITS, UNIT)                                                                    \
-    if (w->bits == BITS && a->unit == UNIT) {                                                    \
-        if (count == ROWS_AT_ONCE) rows_avx512(w, a, row, token, out, BITS, UNIT, ROWS_AT_ONCE);       \
-        else for (int r = 0; r < count; r++) rows_avx512(w, a, row + r, token, out + r, BITS, UNIT, 1); \
-    }
-
-TARGET_AVX512 static void some_rows_avx512(
-    const Weight *w, const Activations *a, int64_t row, int count, int64_t token, float *out) {
-    WIDE_CASE(4, 32)
-    WIDE_CASE(4, 16)
-    WIDE_CASE(8, 32)
-}
+#include "product_avx512.h"
 #endif
 
 /* One row of the weight itself, of kind; inlined into functions that may use wider instructions. */
@@ -329,38 +270,29 @@ int32_t phi35_variant(void) {
     return PORTABLE;
 }
 
-static void some_rows(
-    const Weight *w, const Activations *a, int64_t row, int count, int64_t token, int32_t variant, float *out) {
-#ifdef X86
-    if (variant == AVX512) {
-        some_rows_avx512(w, a, row, count, token, out);
-        return;
-    }
-#endif
+/* Scaled, biased sums of count rows as numbers of kind. */
+static void put(
+    const float *sums, const float *row_scale, const void *bias, void *out, int64_t row, int count, int64_t offset,
+    int32_t kind) {
     for (int r = 0; r < count; r++) {
-#ifdef X86
-        if (variant == AVX2) {
-            row_avx2(w, a, row + r, token, out + r);
-            continue;
-        }
-#endif
-        row_portable(w, a, row + r, token, out + r);
+        int64_t at = row + r;
+        float value = sums[r];
+        if (row_scale) value *= row_scale[at];
+        if (bias) value += kind == BFLOAT16 ? widen(((const uint16_t *)bias)[at]) : ((const float *)bias)[at];
+        if (kind == BFLOAT16) ((uint16_t *)out)[offset + at] = narrow(value);
+        else ((float *)out)[offset + at] = value;
     }
 }
 
-/* out (tokens, rows) = input (tokens, columns) times the weight, plus bias (rows) or NULL; all three of one kind.
- * Returns 0, or 1 where memory is lacking. */
-int32_t phi35_product(
-    const void *input, const uint8_t *codes, const void *scale, const float *row_scale, const int32_t *zeros,
-    const void *bias, void *out, int64_t tokens, int64_t rows, int64_t columns, int64_t groups, int32_t bits,
-    int32_t scale_kind, int32_t kind, int32_t threads, int32_t variant) {
-    Weight w = {codes, scale, row_scale, zeros, rows, columns, groups, bits, scale_kind};
-    int64_t per_byte = 8 / bits, group = groups == 1 ? BLOCK : columns / groups;
+static int32_t narrow_product(
+    const Weight *w, const void *input, const void *bias, void *out, int64_t tokens, int32_t kind, int32_t threads,
+    int32_t variant) {
+    int64_t per_byte = 8 / w->bits, group = w->groups == 1 ? BLOCK : w->columns / w->groups;
     Activations a;
-    a.row_bytes = columns / per_byte;
+    a.row_bytes = w->columns / per_byte;
     a.block_bytes = group / per_byte;
-    a.blocks = (columns + group - 1) / group;
-    a.unit = variant == AVX512 && a.block_bytes >= 32 ? 32 : 16;
+    a.blocks = (w->columns + group - 1) / group;
+    a.unit = 16;
     a.stride = (a.row_bytes + 63) / 64 * 64 * per_byte;
     size_t held = (size_t)(tokens * a.blocks);
     a.numbers = calloc((size_t)((tokens + 1) * a.stride), sizeof(int16_t));
@@ -369,30 +301,102 @@ int32_t phi35_product(
     int32_t failed = !a.numbers || !a.scales || !a.sums;
     if (!failed) {
         a.plain = a.numbers + tokens * a.stride;
-        for (int64_t token = 0; token < tokens; token++) prepare(&w, &a, token, input, kind);
-        int64_t tasks = (rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
+        for (int64_t token = 0; token < tokens; token++) prepare(w, &a, token, input, kind);
 #pragma omp parallel for num_threads(threads) schedule(static)
-        for (int64_t task = 0; task < tasks; task++) {
-            int64_t stop = (task + 1) * ROWS_PER_TASK < rows ? (task + 1) * ROWS_PER_TASK : rows;
-            for (int64_t row = task * ROWS_PER_TASK; row < stop; row += ROWS_AT_ONCE) {
-                int count = stop - row < ROWS_AT_ONCE ? (int)(stop - row) : ROWS_AT_ONCE;
-                for (int64_t token = 0; token < tokens; token++) {
-                    float part[ROWS_AT_ONCE];
-                    some_rows(&w, &a, row, count, token, variant, part);
-                    for (int r = 0; r < count; r++) {
-                        float value = part[r];
-                        int64_t at = row + r;
-                        if (row_scale) value *= row_scale[at];
-                        if (bias) value += kind == BFLOAT16 ? widen(((const uint16_t *)bias)[at]) : ((const float *)bias)[at];
-                        if (kind == BFLOAT16) ((uint16_t *)out)[token * rows + at] = narrow(value);
-                        else ((float *)out)[token * rows + at] = value;
-                    }
-                }
+        for (int64_t row = 0; row < w->rows; row++)
+            for (int64_t token = 0; token < tokens; token++) {
+                float sum;
+#ifdef X86
+                if (variant == AVX2) row_avx2(w, &a, row, token, &sum);
+                else
+#endif
+                    row_portable(w, &a, row, token, &sum);
+                put(&sum, w->row_scale, bias, out, row, 1, token * w->rows, kind);
             }
-        }
     }
+    (void)variant;
     free(a.numbers);
     free(a.scales);
     free(a.sums);
     return failed;
+}
+
+#ifdef X86
+static int32_t wide_product(
+    const Weight *w, const void *input, const void *bias, void *out, int64_t tokens, int32_t kind, int32_t threads) {
+    Planes p;
+    p.unit_columns = UNIT * 8 / w->bits;
+    p.units = (w->columns + p.unit_columns - 1) / p.unit_columns;
+    p.unit_bytes = 2 * p.unit_columns;
+    size_t held = (size_t)(tokens * p.units), room = (size_t)(w->groups + LANES);
+    p.bytes = malloc(held * (size_t)p.unit_bytes);
+    p.sums = malloc(held * LANES * sizeof(int32_t));
+    p.scales = malloc(held * sizeof(float));
+    int32_t failed = !p.bytes || !p.sums || !p.scales;
+    if (!failed) {
+        for (int64_t token = 0; token < tokens; token++) prepare_planes(w, &p, token, input, kind);
+        int64_t tasks = (w->rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+        {
+            float *scratch = calloc(2 * ROWS_AT_ONCE * room, sizeof(float));
+            failed = !scratch;
+#pragma omp for schedule(static)
+            for (int64_t task = 0; task < tasks; task++) {
+                int64_t row = task * ROWS_AT_ONCE;
+                int count = w->rows - row < ROWS_AT_ONCE ? (int)(w->rows - row) : ROWS_AT_ONCE;
+                for (int64_t token = 0; scratch && token < tokens; token++) {
+                    float part[ROWS_AT_ONCE];
+                    some_rows_avx512(w, &p, row, count, token, scratch, part);
+                    put(part, w->row_scale, bias, out, row, count, token * w->rows, kind);
+                }
+            }
+            free(scratch);
+        }
+    }
+    free(p.bytes);
+    free(p.sums);
+    free(p.scales);
+    return failed;
+}
+#endif
+
+/* out (tokens, rows) = input (tokens, columns) times the weight, plus bias (rows) or NULL; all three of one kind.
+ * Returns 0, or 1 where memory is lacking. */
+int32_t phi35_product(
+    const void *input, const uint8_t *codes, const void *scale, const float *row_scale, const int32_t *zeros,
+    const void *bias, void *out, int64_t tokens, int64_t rows, int64_t columns, int64_t groups, int32_t bits,
+    int32_t scale_kind, int32_t kind, int32_t threads, int32_t variant) {
+    Weight w = {codes, scale, row_scale, zeros, rows, columns, groups, bits, scale_kind};
+#ifdef X86
+    if (variant == AVX512) return wide_product(&w, input, bias, out, tokens, kind, threads);
+#endif
+    return narrow_product(&w, input, bias, out, tokens, kind, threads, variant);
+}
+
+/* The same with a bfloat16 weight (rows, columns), all of bfloat16. Returns 2 where the processor lacks AVX-512. */
+int32_t phi35_bfloat16_product(
+    const uint16_t *input, const uint16_t *weight, const uint16_t *bias, uint16_t *out, int64_t tokens, int64_t rows,
+    int64_t columns, int32_t threads) {
+#ifdef X86
+    int64_t stride = (columns + 31) / 32 * 32, tasks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    float *wide = calloc((size_t)(tokens * stride), sizeof(float));
+    if (!wide) return 1;
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t i = 0; i < columns; i++)
+            wide[token * stride + i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = widen(input[token * columns + i]);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t task = 0; task < tasks; task++) {
+        int64_t row = task * ROWS_AT_ONCE;
+        int count = rows - row < ROWS_AT_ONCE ? (int)(rows - row) : ROWS_AT_ONCE;
+        for (int64_t token = 0; token < tokens; token++) {
+            float part[ROWS_AT_ONCE];
+            some_bfloat16_rows(weight + row * columns, wide + token * stride, columns, part, count);
+            put(part, NULL, bias, out, row, count, token * rows, BFLOAT16);
+        }
+    }
+    free(wide);
+    return 0;
+#else
+    return 2;
+#endif
 }
