@@ -45,6 +45,8 @@ class Backbone:
             raise ValueError("the decoder alone keeps no cache: call the model")
         if pixel_values is not None and pixel_values.dim() == 5:
             pixel_values = packed_crops(self._causal_lm, pixel_values, image_sizes)
+        if ends is not None and attention_mask is not None:
+            raise ValueError("samples one after another (cu_seq_lens_q) take no attention_mask")
         lengths = None if attention_mask is not None else packed_lengths(position_ids, ends)
         output = self._causal_lm(
             input_ids,

@@ -80,7 +80,6 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
                 times ``router_aux_loss_coef``, to the loss. None takes the config's.
             num_items_in_batch: labels of all micro-batches of a step: the loss is a sum divided by it, and the
                 balancing loss counts by this batch's share of them.
-
             **flattened: ``cu_seq_lens_q`` (S + 1,), where the samples of the only row begin and end, in place of such
                 positions; the other arguments of flattening collators say the same once more.
 
@@ -106,6 +105,8 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
         lengths = None
         if cache is None and attention_mask is None:
             lengths = packed_lengths(position_ids, ends)
+        elif ends is not None:
+            raise ValueError("samples one after another (cu_seq_lens_q) take neither attention_mask nor a cache")
         targets = None
         if labels is not None:
             targets = shift_labels(labels if lengths is None else ignore_first_tokens(labels, lengths))
@@ -122,6 +123,11 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
                 },
                 {"pixel_values": pixel_values, "image_sizes": image_sizes, "sequence_lengths": lengths},
                 targets,
+            )
+        if wants_states and len(states) != len(self.causal_lm.model.layers):
+            raise ValueError(
+                "a row was computed anew at LongRoPE's original length, apart from the others: hidden states of all "
+                "rows come with use_cache=False"
             )
         wants_routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
         aux_loss = self._balancing_loss(output, attention_mask) if wants_routing and output.router_outputs else None

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from phi35.checkpoint.rules import to_disk
+from phi35.checkpoint.rules import CheckpointPlan, state_shapes, to_disk
 from phi35.checkpoint.writer import write_json, write_weights
 from phi35.config import ModelConfig
 from phi35.config_io import from_hf_dict, to_hf_dict
@@ -108,9 +110,44 @@ class Folders:
             tensors = to_disk(self.causal_lm.config, _own_names(state_dict, self.causal_lm.state_dict()))
             write_weights(target, tensors, max_shard_size)
             write_configs(target, self.causal_lm.config, self.causal_lm.dtype)
+        contents = to_hf_dict(self.causal_lm.config, self.causal_lm.dtype)
         if self.config.output_router_logits:
-            contents = to_hf_dict(self.causal_lm.config, self.causal_lm.dtype)
-            write_json(target / "config.json", contents | {"output_router_logits": True})
+            contents["output_router_logits"] = True
+        if target.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            # Trainers read this file again as a config of no class, where both spellings of LongRoPE are an error.
+            contents.pop("rope_scaling")
+        write_json(target / "config.json", contents)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Take weights under this module's names, as torch does, or under the published ones that it saves.
+
+        Trainers read checkpoints this way when they go on from one, shard by shard.
+
+        Raises:
+            RuntimeError: with ``strict``, for missing and unknown names.
+            ValueError: for a tensor of another shape.
+        """
+        if not state_dict or any(name.startswith("causal_lm.") for name in state_dict):
+            parent: Any = super()
+            return parent.load_state_dict(state_dict, strict, assign)
+        own = self.causal_lm.state_dict()
+        plan = CheckpointPlan(self.causal_lm.config, state_shapes(self.causal_lm.config, own))
+        missing, known = [], set()
+        with torch.no_grad():
+            for placement in plan.written():
+                known.add(placement.disk_name)
+                tensor = state_dict.get(placement.disk_name)
+                if tensor is None:
+                    missing.append(placement.disk_name)
+                    continue
+                if tuple(tensor.shape) != plan.disk_shape(placement):
+                    expected = plan.disk_shape(placement)
+                    raise ValueError(f"{placement.disk_name} must be {expected}, got {tuple(tensor.shape)}")
+                placement.put(own[placement.memory_name], tensor.to(own[placement.memory_name].device))
+        unknown = sorted(set(state_dict) - known)
+        if strict and (missing or unknown):
+            raise RuntimeError(f"weights are missing: {missing[:5]}, or unknown: {unknown[:5]}")
+        return _IncompatibleKeys(missing, unknown)
 
     def _take_config(self) -> None:
         """Build the frozen config anew from what was set on the wrapped one."""

@@ -62,6 +62,23 @@ def test_shards_and_gathered_weights(folder: Path, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "wrong", state_dict={"other": torch.zeros(1)})
 
 
+def test_published_names_are_taken_as_weights(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    other = AutoModelForCausalLM.from_config(model.config)
+    stored = load_file(folder / "model.safetensors")
+    halves = [dict(list(stored.items())[::2]), dict(list(stored.items())[1::2])]
+    for half in halves:  # experts of one layer in several shards
+        left = other.load_state_dict(half, strict=False)
+        assert len(left.missing_keys) == len(stored) - len(half) and not left.unexpected_keys
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+    other.load_state_dict({name: tensor * 0 for name, tensor in model.state_dict().items()})
+    assert not other(IDS).logits.any()
+    with pytest.raises(RuntimeError, match="missing"):
+        other.load_state_dict(halves[0])
+    with pytest.raises(ValueError, match="must be"):
+        other.load_state_dict({name: tensor[:1] for name, tensor in stored.items()}, strict=False)
+
+
 def test_the_loss_of_micro_batches_adds_up_to_the_batchs(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     labels = IDS.clone()
@@ -104,6 +121,13 @@ def test_packed_samples_keep_to_themselves() -> None:
             alone = model(IDS[row : row + 1, stretch]).logits
             assert torch.allclose(packed.logits[row : row + 1, stretch], alone, atol=2e-5)
     assert torch.isfinite(packed.loss)
+    ends = torch.tensor([0, 3, 7], dtype=torch.int32)
+    flattened = model(IDS[:1], cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=4, max_length_k=4)
+    assert torch.equal(flattened.logits, model(IDS[:1], position_ids=positions[:1]).logits)
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(IDS[:1], cu_seq_lens_q=ends, attention_mask=torch.ones_like(IDS[:1]))
+    with pytest.raises(TypeError, match="unexpected"):
+        model(IDS, other=1)
     with pytest.raises(ValueError, match="count up from 0"):
         model(IDS, position_ids=positions.clone().index_fill_(1, torch.tensor([6]), 9))
 

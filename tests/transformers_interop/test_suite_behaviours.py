@@ -209,6 +209,19 @@ def test_accumulated_steps_of_the_trainer_equal_a_large_one(tmp_path: Path) -> N
     assert torch.allclose(*weights, atol=1e-6)
 
 
+@pytest.mark.parametrize("model_type", ["phi3", "phimoe"])
+def test_a_trainer_goes_on_from_its_checkpoint(model_type: str, tmp_path: Path) -> None:
+    rows = [{"input_ids": IDS[row % 2].tolist(), "labels": IDS[row % 2].tolist()} for row in range(6)]
+    options = {"use_cpu": True, "save_steps": 2, "report_to": [], "disable_tqdm": True, "learning_rate": 1e-2}
+    arguments = TrainingArguments(str(tmp_path), max_steps=4, per_device_train_batch_size=2, **options)
+    whole = wrapped(PRESETS[model_type], scale=1.0)
+    Trainer(whole, arguments, train_dataset=rows).train()
+    other = wrapped(PRESETS[model_type], scale=1.0, seed=8)
+    Trainer(other, arguments, train_dataset=rows).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
 def test_pipelines_answer_as_we_do() -> None:
     model, processor = AutoModelForCausalLM.from_pretrained(SMALL_MODEL), AutoProcessor.from_pretrained(SMALL_MODEL)
     ours, _ = phi35.load(SMALL_MODEL, device="cpu")
