@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from phi35.generation.batcher import Batcher
@@ -132,6 +133,8 @@ def _add_calls(app: FastAPI, service: Service) -> None:
                 response = await answer(request)
             except ApiError as error:
                 response = error.response()
+            except ClientDisconnect:  # in the middle of the body
+                response = Response(status_code=CLOSED_REQUEST)
             service.metrics.calls.labels(path, str(response.status_code)).inc()
             return response
 

@@ -170,6 +170,20 @@ def test_a_body_that_does_not_come_is_not_waited_for(server: LiveServer) -> None
         assert b" 408 " in connection.recv(4096).split(b"\r\n")[0]
 
 
+def test_a_caller_that_leaves_in_the_middle_of_its_body_is_no_failure(server: LiveServer) -> None:
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        time.sleep(0.1)
+    end = time.monotonic() + 10
+    while (
+        'phi35_calls_total{endpoint="/v1/completions",status="499"} 1.0' not in httpx.get(f"{server.url}/metrics").text
+    ):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_pictures_beyond_the_limits(server: LiveServer) -> None:
     assert post(server, with_picture(data_url(png(64, 64)))).status_code == 200
     # Fifty thousand pixels a side in a few bytes: its header alone is read.
