@@ -156,9 +156,10 @@ def generate(model: Any, arguments: argparse.Namespace, device: torch.device) ->
 
 @torch.no_grad()
 def check(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Four layers in place and with 6 places of 16 each: logits of a prompt and of steps, and greedy text.
+    """Four layers in place and with 6 places of 16 each: outputs of their experts, logits, greedy text.
 
-    Differences are the largest of a logit, over the logits' standard deviation.
+    Differences of logits are the largest, over the logits' standard deviation: a rounding that sends a token to another
+    expert shows there as a large one. What layers give to the same tokens and choices tells whether they are exact.
     """
     preset, changes = (SMALL, {}) if arguments.small else (PRESET, {"num_hidden_layers": 4})
     plain = phi35.create(preset, device=device, dtype="bfloat16", seed=0, **changes)
@@ -167,7 +168,7 @@ def check(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
     budget = places * one * plain.config.num_hidden_layers
     model = phi35.create(preset, device=device, dtype="bfloat16", seed=0, expert_memory=budget, **changes)
     ids = torch.randint(5, 1000, (1, arguments.prompt), device=device)
-    row: dict[str, Any] = {"part": "check", "places": places}
+    row: dict[str, Any] = {"part": "check", "places": places} | compare_layers(plain, model, device)
     caches = [one.new_cache(1) for one in (plain, model)]
     for name, start, stop in (("prompt", 0, -16), *((f"step {step}", step, step + 1) for step in range(-16, -1))):
         both = [
@@ -181,6 +182,22 @@ def check(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
     texts = [one.generate(ids, fast=False, **options)[0, ids.shape[1] :].tolist() for one in (plain, model)]
     row["same_greedy_tokens"] = sum(a == b for a, b in zip(*texts, strict=True)) / arguments.new_tokens
     return row | memory(device)
+
+
+def compare_layers(plain: Any, model: Any, device: torch.device) -> dict[str, Any]:
+    """Share of numbers that differ between a layer's experts in place and offloaded, by number of tokens."""
+    found: dict[str, Any] = {}
+    for tokens in (1, 40, 500):
+        wrong, count = 0, 0
+        for layer, other in zip(plain.model.layers, model.model.layers, strict=True):
+            experts = layer.mlp.experts
+            inputs = torch.randn(tokens, plain.config.hidden_size, device=device, dtype=plain.dtype)
+            chosen = torch.rand(tokens, experts.num_experts, device=device).topk(2, dim=1).indices
+            weights = torch.rand(tokens, 2, device=device)
+            both = [one(inputs, chosen, weights) for one in (experts, other.mlp.experts)]
+            wrong, count = wrong + int((both[0] != both[1]).sum()), count + both[0].numel()
+        found[f"layers_differ_{tokens}"] = wrong / count
+    return found
 
 
 def load(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -18,4 +18,5 @@ def test_generates_from_host_memory_what_experts_in_place_give() -> None:
     ahead, not_ahead, check = json.loads(result.stdout.splitlines()[-1])["rows"]
     assert ahead["copied_ahead"] > 0 and not_ahead["copied_ahead"] == 0
     assert 0 < ahead["copied_when_needed"] < not_ahead["copied_when_needed"] <= 1
+    assert check["layers_differ_1"] == check["layers_differ_500"] == 0
     assert check["prompt_difference"] == check["step_difference"] == 0 and check["same_greedy_tokens"] == 1
