@@ -70,7 +70,11 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(PRESETS), choices=list(PRESETS))
-    parser.add_argument("--formats", nargs="+", help="of whole models: bf16, int8, fp8, int4, 'int4 all'")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        help="of whole models: bf16, int8, fp8, int4, 'int4 all'; on a CPU: int4, int8, bfloat16, ...",
+    )
     parser.add_argument("--kernels", action="store_true", help="each kernel alone, instead of whole models")
     parser.add_argument("--cpu", action="store_true", help="the CPU's part")
     parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it runs")
@@ -85,7 +89,7 @@ def main() -> None:
     record: dict[str, Any] = {"environment": moe_layer.environment(device, arguments.commit)}
     record["environment"]["command"] = " ".join(["python", "benchmarks/quantize.py", *sys.argv[1:]])
     if cpu:
-        record |= quantize_cpu.measure(arguments.small, arguments.rounds)
+        record |= quantize_cpu.measure(arguments.small, arguments.rounds, arguments.formats)
     else:
         record["copy_tb_per_s"] = rate = moe_layer.copy_rate(device)
         print(f"{record['environment']['device']}: copy {rate:.3f} TB/s", flush=True)

@@ -36,12 +36,12 @@ uint64_t read_all(const uint64_t *p, size_t n, int threads) {
 Step = Callable[[], object]
 
 
-def measure(small: bool, rounds: int) -> dict[str, Any]:
+def measure(small: bool, rounds: int, wanted: list[str] | None = None) -> dict[str, Any]:
     """Kernels, then whole models, with one thread and with two."""
     found: dict[str, Any] = {"kernel": native.missing() or native.best_variant(), "threads": {}}
     print(f"CPU kernel: {found['kernel']}", flush=True)
     before = torch.get_num_threads()
-    sides = build(small)
+    sides = build(small, wanted)
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -130,7 +130,7 @@ def copied(weight: QuantizedTensor) -> QuantizedTensor:
     return QuantizedTensor.of(weight.format, {suffix: tensor.clone() for suffix, tensor in weight.tensors().items()})
 
 
-def build(small: bool) -> dict[str, Any]:
+def build(small: bool, wanted: list[str] | None) -> dict[str, Any]:
     """Models of phi-3.5-mini's shape cut to 8 layers: ours by format, and transformers'."""
     config = presets.get("phi-3.5-mini").replace(num_hidden_layers=LAYERS)
     if small:
@@ -155,6 +155,7 @@ def build(small: bool) -> dict[str, Any]:
         "int8": QuantizationConfig(linear=eight),
         "bfloat16": None,
     }
+    formats = {name: form for name, form in formats.items() if wanted is None or name in wanted}
     models = {name: phi35.create(config, quantization=form, dtype="bfloat16", seed=0) for name, form in formats.items()}
     return models | {"transformers": transformers_peer.build(config, "cpu", torch.bfloat16)}
 
