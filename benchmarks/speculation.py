@@ -77,14 +77,17 @@ class KnownText:
                 fed[len(row.ids) :] = drafts[-1][:-1]
         return drafts
 
-    def replace(self, choices: list[list[Choice]]) -> list[list[Choice]]:
+    def replace(self, drafts: list[list[int]], choices: list[list[Choice]]) -> list[list[Choice]]:
         """The known text in place of what a model chose."""
         told = []
-        for row, text, chosen in zip(self.rows, self.texts, choices, strict=True):
+        for row, text, draft, chosen in zip(self.rows, self.texts, drafts, choices, strict=True):
             made = len(row.ids) - row.prompt_length
             told.append([Choice(token, 0.0) for token in text[made : made + len(chosen)]])
-            self.num_choices += len(told[-1])
-            self.num_others += sum(a.token != b.token for a, b in zip(told[-1], chosen, strict=False))
+            for place, (known, found) in enumerate(zip(told[-1], chosen, strict=False)):
+                if draft[:place] != text[made : made + place]:
+                    break  # behind a wrong draft
+                self.num_choices += 1
+                self.num_others += known.token != found.token
         return told
 
     def keep(self, places: list[int]) -> None:
@@ -210,7 +213,7 @@ def rate(
             known = KnownText(decoding.rows, texts, chance, own)
             steps._drafter = known
             choices = steps.feed.choices
-            steps.feed.choices = lambda drafts, c=choices, k=known: k.replace(c(drafts))  # type: ignore[method-assign]
+            steps.feed.choices = lambda drafts, c=choices, k=known: k.replace(drafts, c(drafts))  # type: ignore[method-assign]
             decoding._steps = steps
         decoding.step()
         transformers_peer.synchronise()
