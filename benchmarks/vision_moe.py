@@ -1,12 +1,16 @@
 """A sparse vision model beside a dense one of as many active parameters, trained alike on easy-vqa.
 
     python benchmarks/vision_moe.py --output runs/vision_moe            # a GPU, some minutes
+    python benchmarks/vision_moe.py --output runs/vision_moe --upcycle --steps 300 --batch-size 32 --dtype float32 \
+        --learning-rate 3e-4 --router-std 0.002                         # on a CPU, ten minutes
     python benchmarks/vision_moe.py --output runs/vision_moe --smoke    # shows that it runs
 
 Both decoders and projectors start from random weights and see the same samples in the same order; both have the image
 tower of the package's small model, frozen, so that the decoder alone decides. The sparse one ("small-vision-moe", 8
-experts, 2 a token) has fewer active parameters than the dense one ("small-vision"). Both train at once. Scored on
-easy-vqa's 9,673 test questions with ``phi35.evaluation.demo``. Then the sparse model's experts are counted for image
+experts, 2 a token) has fewer active parameters than the dense one ("small-vision"). With ``--upcycle`` both go on
+from the package's trained model instead: the dense one as it is, the sparse one with 8 copies of each feed-forward, of
+which a token passes one, so that its router alone is added to the active parameters. Both train at once. Scored on
+easy-vqa's 9,673 test questions about one picture, greedily. Then the sparse model's experts are counted for image
 tokens and for text tokens, layer by layer. Prints tables and, last, one JSON line.
 """
 
@@ -29,14 +33,17 @@ import moe_layer  # noqa: E402
 
 import phi35  # noqa: E402
 from moe.token_kinds import KindCounts, count_by_kind, plot_by_kind  # noqa: E402
+from moe.upcycling import UpcyclingOptions, upcycle  # noqa: E402
 from phi35.cli.table import render  # noqa: E402
-from phi35.evaluation.demo import evaluate  # noqa: E402
+from phi35.evaluation.batched import Question, answer  # noqa: E402
+from phi35.evaluation.demo import summarise  # noqa: E402
 from phi35.parameter_count import count_parameters  # noqa: E402
 from phi35.registry import resolve  # noqa: E402
 from phi35.training.build import SMALL_MODEL  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = {"dense": "small-vision", "sparse": "small-vision-moe"}
+SETTINGS = "steps batch_size learning_rate aux dtype upcycle router_std normalise".split()
 TOWER = "model.vision_embed_tokens.img_processor."
 
 
@@ -54,6 +61,9 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="of the sparse model's experts")
     parser.add_argument("--workers", type=int, help="data workers of each run; by default half of the cores")
     parser.add_argument("--eval-limit", type=int, help="most questions of each kind; by default all")
+    parser.add_argument("--upcycle", action="store_true", help="go on from the package's model")
+    parser.add_argument("--router-std", type=float, default=0.02, help="of the upcycled model's routers")
+    parser.add_argument("--normalise", action="store_true", help="the upcycled model's weights sum to one")
     parser.add_argument("--smoke", action="store_true", help="a few steps and questions")
     parser.add_argument("--commit", help="recorded in the result (default: asked of git)")
     arguments = parser.parse_args()
@@ -64,7 +74,7 @@ def main() -> None:
         arguments.workers = 0 if arguments.smoke else max(1, min(7, (os.cpu_count() or 2) // 2 - 1))
     record: dict[str, Any] = {"environment": moe_layer.environment(device, arguments.commit)}
     record["environment"]["command"] = " ".join(["python", "benchmarks/vision_moe.py", *sys.argv[1:]])
-    record["settings"] = {name: getattr(arguments, name) for name in "steps batch_size learning_rate aux dtype".split()}
+    record["settings"] = {name: getattr(arguments, name) for name in SETTINGS}
     shards = prepare(arguments.output, arguments.smoke)
     record["runs"] = [row for seed in arguments.seeds for row in train_pair(arguments, shards, seed, device)]
     print(render([shown(row) for row in record["runs"]]), flush=True)
@@ -84,8 +94,17 @@ def prepare(output: Path, smoke: bool) -> Path:
     return shards
 
 
-def start_folder(kind: str, folder: Path, seed: int) -> Path:
-    """A model to start from: random, but for the small model's tower."""
+def start_folder(arguments: argparse.Namespace, kind: str, folder: Path, seed: int) -> Path:
+    """A model to start from: random, but for the small model's tower; or the small model, upcycled for the sparse."""
+    if arguments.upcycle:
+        options = UpcyclingOptions(
+            num_experts=8, top_k=1, norm_topk_prob=arguments.normalise, router_std=arguments.router_std, seed=seed
+        )
+        if kind == "sparse":
+            upcycle(SMALL_MODEL, folder, options)
+        else:
+            phi35.save(*phi35.load(SMALL_MODEL, device="cpu", dtype="float32"), folder)
+        return folder
     model = phi35.create(PRESETS[kind], seed=seed, device="cpu", dtype="float32")
     taught, processor = phi35.load(SMALL_MODEL, device="cpu", dtype="float32")
     state = {name: tensor for name, tensor in taught.state_dict().items() if name.startswith(TOWER)}
@@ -104,7 +123,7 @@ def train_pair(arguments: argparse.Namespace, shards: Path, seed: int, device: t
             continue
         run.mkdir(parents=True, exist_ok=True)
         path = run / "recipe.yaml"
-        settings = recipe(arguments, kind, start_folder(kind, run / "start", seed), shards, run, seed)
+        settings = recipe(arguments, kind, start_folder(arguments, kind, run / "start", seed), shards, run, seed)
         path.write_text(yaml.safe_dump(settings, sort_keys=False))
         command = [sys.executable, str(ROOT / "scripts/train_vision.py"), "--config", str(path)]
         log = (run / "train.log").open("w")
@@ -147,7 +166,10 @@ def score(arguments: argparse.Namespace, kind: str, seed: int, device: torch.dev
     """Accuracy of one model on the test questions, and its size."""
     run = arguments.output / f"{kind}-{seed}"
     model, processor = phi35.load(run / "model", device=device, dtype="float32")
-    result = evaluate(model, processor, limit=arguments.eval_limit)
+    split, questions = test_questions(arguments.eval_limit)
+    asked = [Question(question.prompt, question.images) for question in questions]
+    began = time.monotonic()
+    result = summarise(questions, answer(model, processor, asked, split.image_paths), time.monotonic() - began)
     count = count_parameters(model.config)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kinds = {one.kind: one.accuracy for one in result.scores if one.images == 1}
@@ -165,6 +187,20 @@ def score(arguments: argparse.Namespace, kind: str, seed: int, device: torch.dev
     }
 
 
+def test_questions(limit: int | None) -> tuple[Any, list[Any]]:
+    """easy-vqa's test split and its questions about one picture, at most so many of each kind, evenly spread."""
+    split, questions = resolve("vision.easy_vqa:evaluation_questions")()
+    single = [question for question in questions if len(question.images) == 1]
+    if limit is None:
+        return split, single
+    chosen = []
+    for kind in dict.fromkeys(question.kind for question in single):
+        same = [question for question in single if question.kind == kind]
+        count = min(limit, len(same))
+        chosen += [same[place * len(same) // count] for place in range(count)]
+    return split, chosen
+
+
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the table."""
     percent = {name: f"{100 * row[name]:.2f}" for name in ("accuracy", "shape", "color", "yes/no") if name in row}
@@ -177,9 +213,8 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 def experts(folder: Path, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Shares of the experts among image tokens and text tokens of test questions, layer by layer."""
     model, processor = phi35.load(folder, device=device, dtype="float32")
-    split, questions = resolve("vision.easy_vqa:evaluation_questions")()
-    questions = [question for question in questions if len(question.images) == 1]
-    chosen = questions[:: max(1, len(questions) // (16 if arguments.smoke else 2048))]
+    split, questions = test_questions(min(arguments.eval_limit or 700, 700))
+    chosen = questions
     total: KindCounts | None = None
     for first in range(0, len(chosen), 64):
         part = chosen[first : first + 64]
@@ -191,7 +226,7 @@ def experts(folder: Path, arguments: argparse.Namespace, device: torch.device) -
         total = counts if total is None else total + counts
     assert total is not None
     plot = arguments.plot or arguments.output / "experts.png"
-    plot_by_kind(total, plot, "small-vision-moe on easy-vqa's test questions: % of a layer's choices")
+    plot_by_kind(total, plot, "easy-vqa's test questions: % of a layer's choices")
     image, text = total.shares()
     separation = total.separation()
     rows = [
