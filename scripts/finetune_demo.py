@@ -48,9 +48,9 @@ def main() -> None:
     """Parse, train twice, score three times, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/finetune_demo"), help="for data and runs")
-    parser.add_argument("--pictures", type=int, default=2000, help="train pictures to learn from, half in each stage")
-    parser.add_argument("--sft-steps", type=int, default=240)
-    parser.add_argument("--dpo-steps", type=int, default=80)
+    parser.add_argument("--pictures", type=int, default=3000, help="train pictures to learn from, half in each stage")
+    parser.add_argument("--sft-steps", type=int, default=100)
+    parser.add_argument("--dpo-steps", type=int, default=40)
     parser.add_argument("--test-pictures", type=int, default=1000)
     parser.add_argument("--questions", type=int, default=100, help="of each kind that the small model knows already")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
