@@ -1,14 +1,14 @@
-"""Teaches the package's small model something it cannot do: where in a picture the shape is. SFT, then DPO.
+"""Teaches the package's small model something it cannot do: to describe a picture. SFT, then DPO.
 
     python scripts/finetune_demo.py                              # minutes on a CPU
     python scripts/finetune_demo.py --output benchmarks/results/finetune_demo.json
 
-The small model was trained on pictures that were moved about, and never asked for a place. Here it learns to name one
-of nine by a LoRA adapter on decoder, projector and tower: first on answers (scripts/finetune.py's way, with a share of
-easy-vqa's own questions, so that those are not forgotten), merged; then by a second adapter on pairs of the right
-answer and a wrong one (scripts/align.py's way), wrong being what the first stage itself answers where it errs, and a
-neighbouring place where it does not. Places come from the pixels of easy-vqa's pictures; what is scored are test
-pictures, of which nothing was trained on. Prints a table and, last, one JSON line.
+The small model answers questions with one word each, for a color or a shape; asked to describe a picture it fails. Here
+it learns to say both ("teal triangle"): first from descriptions (as scripts/finetune.py, all weights, with a share of
+easy-vqa's own questions, so that those are not forgotten); then from pairs of a right and a wrong description
+(scripts/align.py's way, a LoRA adapter), wrong being what the first stage itself says where it errs, and one with
+another color or shape where it does not. What pictures show follows from easy-vqa's questions and answers; what is
+scored are test pictures, of which nothing was trained on. Prints a table and, last, one JSON line.
 """
 
 import argparse
@@ -21,9 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,31 +34,31 @@ from phi35.training.build import SMALL_MODEL  # noqa: E402
 from phi35.training.config import TrainingConfig  # noqa: E402
 from phi35.training.description import commit, versions  # noqa: E402
 from phi35.training.run import train  # noqa: E402
-from vision.easy_vqa import load_split  # noqa: E402
+from vision.easy_vqa import COLORS, SHAPES, load_split  # noqa: E402
 from vision.shard_writer import ShardWriter  # noqa: E402
 
-ROWS, COLUMNS = ("upper", "middle", "lower"), ("left", "center", "right")
-QUESTION = "<|image_1|>\nWhere is the shape in the image?"
-ADAPTER = {"rank": 16, "alpha": 32, "targets": ["attention", "feed_forward", "projector", "tower"]}
+QUESTION = "<|image_1|>\nDescribe the image."
+ADAPTER = {"rank": 16, "alpha": 32}
 
 
 def main() -> None:
     """Parse, train twice, score three times, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/finetune_demo"), help="for data and runs")
-    parser.add_argument("--pictures", type=int, default=3000, help="train pictures to learn from, half in each stage")
-    parser.add_argument("--sft-steps", type=int, default=100)
+    parser.add_argument("--pictures", type=int, default=2000, help="train pictures to learn from, half in each stage")
+    parser.add_argument("--sft-steps", type=int, default=60)
     parser.add_argument("--dpo-steps", type=int, default=40)
-    parser.add_argument("--test-pictures", type=int, default=1000)
-    parser.add_argument("--questions", type=int, default=100, help="of each kind that the small model knows already")
+    parser.add_argument("--test-pictures", type=int, default=500)
+    parser.add_argument("--questions", type=int, default=50, help="of each kind that the small model knows already")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     options = parser.parse_args()
     started = time.monotonic()
     learned, tested = load_split("train"), load_split("test")
-    names = random.Random(0).sample(sorted(learned.image_paths), options.pictures)
+    known, shown = described(learned), described(tested)
+    names = random.Random(0).sample(sorted(known), options.pictures)
     first, second = names[: len(names) // 2], names[len(names) // 2 :]
-    test_names = random.Random(1).sample(sorted(tested.image_paths), options.test_pictures)
-    wanted = {name: place_of(tested.image_paths[name]) for name in test_names}
+    test_names = random.Random(1).sample(sorted(shown), options.test_pictures)
+    wanted = {name: shown[name] for name in test_names}
     scores, seconds = {}, {}
 
     def stage(name: str, model: Any, processor: Any) -> None:
@@ -68,7 +66,7 @@ def main() -> None:
         print(f"{name}: {scores[name]}", flush=True)
 
     stage("before", *phi35.load(SMALL_MODEL, device="cpu", dtype="float32"))
-    write_answers(options.folder / "answers", learned, first)
+    write_answers(options.folder / "answers", learned, {name: known[name] for name in first})
     shared: dict[str, Any] = {"dtype": "float32", "weight_decay": 0.0, "resume": False}
     sft = TrainingConfig(
         model=str(SMALL_MODEL),
@@ -84,7 +82,8 @@ def main() -> None:
     seconds["sft"] = run(sft)
     model, processor = phi35.load(options.folder / "sft" / "model", device="cpu", dtype="float32")
     stage("after SFT", model, processor)
-    num_wrong = write_pairs(options.folder / "pairs.jsonl", model, processor, learned.image_paths, second)
+    right = {name: known[name] for name in second}
+    num_wrong = write_pairs(options.folder / "pairs.jsonl", model, processor, learned.image_paths, right)
     dpo = TrainingConfig(
         model=str(options.folder / "sft" / "model"),
         data=str(options.folder / "pairs.jsonl"),
@@ -110,7 +109,11 @@ def main() -> None:
         "test_pictures": len(wanted),
         "pairs": {"count": len(second), "wrong_answers_of_its_own": num_wrong},
         "seconds": {**seconds, "all": round(time.monotonic() - started, 1)},
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "settings": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+            if name not in ("folder", "output")
+        },
         "versions": versions(),
         "commit": commit(),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -124,26 +127,25 @@ def main() -> None:
     environment.stop()
 
 
-def place_of(path: Path) -> str:
-    """Which ninth of a picture holds the middle of its shape, by the pixels that differ from the background."""
-    pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.int64)
-    background = np.median(pixels.reshape(-1, 3), axis=0)
-    rows, columns = np.nonzero(np.abs(pixels - background).sum(axis=-1) > 60)
-    middle = [(int(found.min()) + int(found.max())) / 2 for found in (rows, columns)]
-    row, column = (min(2, int(3 * at / size)) for at, size in zip(middle, pixels.shape, strict=False))
-    return f"{ROWS[row]} {COLUMNS[column]}"
+def described(split: Any) -> dict[int, str]:
+    """Color and shape of each picture of which both are known."""
+    return {
+        name: f"{found.color} {found.shape}"
+        for name, found in split.attributes.items()
+        if found.color is not None and found.shape is not None
+    }
 
 
-def write_answers(folder: Path, split: Any, names: list[int]) -> None:
-    """Shards: each picture with the question for its place, and every other one with a question of easy-vqa's own."""
+def write_answers(folder: Path, split: Any, known: dict[int, str]) -> None:
+    """Shards: each picture with its description, and every other one with a question of easy-vqa's own."""
     own: dict[int, list[Any]] = {}
     for question in split.questions:
         own.setdefault(question.images[0], []).append(question)
     draw = random.Random(2)
     with ShardWriter(folder) as writer:
-        for number, name in enumerate(names):
-            asked = [(QUESTION, place_of(split.image_paths[name]))]
-            if number % 2 and name in own:
+        for number, (name, description) in enumerate(known.items()):
+            asked = [(QUESTION, description)]
+            if number % 2:
                 other = draw.choice(own[name])
                 asked.append((other.prompt, other.answer))
             picture = [("png", split.image_paths[name].read_bytes())]
@@ -152,16 +154,15 @@ def write_answers(folder: Path, split: Any, names: list[int]) -> None:
                 writer.write(f"picture-{name}-{index}", {"messages": turns}, picture)
 
 
-def write_pairs(path: Path, model: Any, processor: Any, paths: dict[int, Path], names: list[int]) -> int:
-    """Right and wrong answers for pictures; returns how many of the wrong ones are the model's own."""
-    given = ask(model, processor, paths, names)
+def write_pairs(path: Path, model: Any, processor: Any, paths: dict[int, Path], known: dict[int, str]) -> int:
+    """Right and wrong descriptions of pictures; returns how many of the wrong ones are the model's own."""
+    given = ask(model, processor, paths, list(known))
     draw, num_wrong, lines = random.Random(3), 0, []
-    for name, said in zip(names, given, strict=True):
-        right = place_of(paths[name])
+    for (name, right), said in zip(known.items(), given, strict=True):
         if said != right and said:
             num_wrong, wrong = num_wrong + 1, said
         else:
-            wrong = draw.choice(neighbours(right))
+            wrong = draw.choice(others(right))
         prompt = [{"role": "user", "content": QUESTION}]
         images = [str(paths[name].resolve())]
         lines.append(json.dumps({"messages": prompt, "chosen": right, "rejected": wrong, "images": images}))
@@ -169,11 +170,11 @@ def write_pairs(path: Path, model: Any, processor: Any, paths: dict[int, Path], 
     return num_wrong
 
 
-def neighbours(place: str) -> list[str]:
-    """Places that share an edge with one."""
-    row, column = (names.index(word) for names, word in zip((ROWS, COLUMNS), place.split(), strict=True))
-    around = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
-    return [f"{ROWS[r]} {COLUMNS[c]}" for r, c in around if 0 <= r < 3 and 0 <= c < 3]
+def others(description: str) -> list[str]:
+    """Descriptions that differ in one word."""
+    color, shape = description.split()
+    found = [f"{one} {shape}" for one in COLORS if one != color]
+    return found + [f"{color} {one}" for one in SHAPES if one != shape]
 
 
 def run(config: TrainingConfig) -> float:
@@ -184,7 +185,7 @@ def run(config: TrainingConfig) -> float:
 
 
 def ask(model: Any, processor: Any, paths: dict[int, Path], names: list[int]) -> list[str]:
-    """The model's answers to the question for the place, greedily."""
+    """The model's descriptions, greedily."""
     questions = [Question(QUESTION, (name,)) for name in names]
     given = answer(model, processor, questions, paths, batch_size=64)
     return [text.strip().lower() for text in given]
@@ -193,20 +194,20 @@ def ask(model: Any, processor: Any, paths: dict[int, Path], names: list[int]) ->
 def score(
     model: Any, processor: Any, paths: dict[int, Path], wanted: dict[int, str], num_questions: int
 ) -> dict[str, float]:
-    """Shares of right answers: the place, its row and its column, and easy-vqa's test questions."""
+    """Shares of right answers: the description, its color and its shape, and easy-vqa's test questions."""
     given = ask(model, processor, paths, list(wanted))
     parts = [(said.split(), right.split()) for said, right in zip(given, wanted.values(), strict=True)]
-    rows = sum(said[:1] == right[:1] for said, right in parts)
-    columns = sum(said[1:] == right[1:] for said, right in parts)
+    colors = sum(said[:1] == right[:1] for said, right in parts)
+    shapes = sum(said[1:] == right[1:] for said, right in parts)
     whole = sum(said == right for said, right in parts)
-    known = evaluate(model, processor, limit=num_questions, batch_size=64).single
-    assert known is not None
+    asked = evaluate(model, processor, limit=num_questions, batch_size=64).single
+    assert asked is not None
     count = len(wanted)
     return {
-        "place": round(whole / count, 4),
-        "row": round(rows / count, 4),
-        "column": round(columns / count, 4),
-        "easy-vqa": round(known.accuracy, 4),
+        "description": round(whole / count, 4),
+        "color": round(colors / count, 4),
+        "shape": round(shapes / count, 4),
+        "easy-vqa": round(asked.accuracy, 4),
     }
 
 
@@ -215,9 +216,9 @@ def table(record: dict[str, Any]) -> str:
     stages = list(record["scores"])
     lines = [f"{'accuracy %':28s}" + "".join(f"{name:>12s}" for name in stages)]
     labels = {
-        "place": f"place of nine (most: {100 * record['majority']:.1f})",
-        "row": "its row",
-        "column": "its column",
+        "description": f"description (most: {100 * record['majority']:.1f})",
+        "color": "its color",
+        "shape": "its shape",
         "easy-vqa": "easy-vqa's own questions",
     }
     for key, label in labels.items():

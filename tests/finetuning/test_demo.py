@@ -3,9 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "finetune_demo.py"
 
@@ -18,20 +16,22 @@ def demo():
     return module
 
 
-@pytest.mark.parametrize(
-    ("top", "left", "place"), [(2, 50, "upper right"), (28, 26, "middle center"), (50, 5, "lower left")]
-)
-def test_places_are_read_off_the_pixels(demo, top, left, place, tmp_path):
-    pixels = np.full((64, 64, 3), 230, dtype=np.uint8)
-    pixels[top : top + 10, left : left + 10] = (10, 120, 30)
-    Image.fromarray(pixels).save(tmp_path / "one.png")
-    assert demo.place_of(tmp_path / "one.png") == place
-    assert all(
-        sum(a != b for a, b in zip(one.split(), place.split(), strict=True)) == 1 for one in demo.neighbours(place)
-    )
+def test_wrong_descriptions_differ_in_one_word(demo):
+    found = demo.others("red circle")
+    assert len(found) == len(set(found)) == 9 and "red circle" not in found
+    assert all(sum(a != b for a, b in zip(one.split(), ("red", "circle"), strict=True)) == 1 for one in found)
+
+
+def test_pictures_are_described_by_what_their_questions_tell(demo):
+    split = demo.load_split("test")
+    known = demo.described(split)
+    assert len(known) > 500
+    for question in split.questions:
+        if question.answer in demo.COLORS + demo.SHAPES and question.images[0] in known:
+            assert question.answer in known[question.images[0]].split()
 
 
 def test_the_table_has_a_column_for_each_stage(demo):
-    scores = {"place": 0.5, "row": 0.75, "column": 0.625, "easy-vqa": 1.0}
+    scores = {"description": 0.5, "color": 0.75, "shape": 0.625, "easy-vqa": 1.0}
     lines = demo.table({"scores": {"before": scores, "after SFT": scores}, "majority": 0.2}).splitlines()
     assert lines[1].split()[-2:] == ["50.0", "50.0"] and "most: 20.0" in lines[1] and len(lines) == 5
