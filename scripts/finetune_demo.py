@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/finetune_demo"), help="for data and runs")
     parser.add_argument("--pictures", type=int, default=2000, help="train pictures to learn from, half in each stage")
-    parser.add_argument("--sft-steps", type=int, default=60)
+    parser.add_argument("--sft-steps", type=int, default=40)
     parser.add_argument("--dpo-steps", type=int, default=40)
     parser.add_argument("--test-pictures", type=int, default=500)
     parser.add_argument("--questions", type=int, default=50, help="of each kind that the small model knows already")
@@ -94,7 +94,7 @@ def main() -> None:
         global_batch_size=2,
         micro_batch_size=1,
         max_steps=options.dpo_steps,
-        learning_rate=1e-3,
+        learning_rate=2e-4,
         warmup_steps=options.dpo_steps // 10,
         output_dir=str(options.folder / "dpo"),
         trackers=(),
