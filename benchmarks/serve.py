@@ -175,14 +175,15 @@ def serve(arguments: argparse.Namespace, pipe: Any) -> None:
 
 def time_batcher(batcher: Batcher, chosen: list[list[int]], new: int) -> dict[str, Any]:
     """Tokens per second of as many requests at once, without HTTP, warm."""
-    seconds = []
+    seconds, cpu = [], 0.0
     for _ in range(2):
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         for ids in chosen:
             batcher.submit(torch.tensor(ids), max_new_tokens=new, stop_token_ids=())
         count = sum(1 for _ in batcher.run())
         seconds.append(time.perf_counter() - began)
-    return {"streams": len(chosen), "tokens_per_s": count / seconds[-1]}
+        cpu = time.process_time() - cpu
+    return {"streams": len(chosen), "tokens_per_s": count / seconds[-1], "cpu_ms_per_token": 1000 * cpu / count}
 
 
 def reference(model: Any, processor: Processor, chosen: list[list[int]], new: int) -> list[str]:
@@ -204,7 +205,7 @@ async def measure(record: dict[str, Any], arguments: argparse.Namespace, pid: in
     await run_clients(port, every[:2], 1, arguments.new_tokens)
     last = arguments.streams[-1]
     for streams in [*arguments.streams, *[last] * (arguments.repeats - 1)]:
-        began = time.perf_counter()
+        began, client_cpu, server_cpu = time.perf_counter(), time.process_time(), processor_seconds(pid)
         timings = await run_clients(port, every[:streams], CALLS_EACH.get(streams, 2), arguments.new_tokens)
         seconds = time.perf_counter() - began
         wrong = sum(timing.text != texts[timing.prompt] for timing in timings)
@@ -218,6 +219,8 @@ async def measure(record: dict[str, Any], arguments: argparse.Namespace, pid: in
                 "calls": len(timings),
                 "tokens_per_s": made / seconds,
                 "other_texts": wrong,
+                "server_cpu_ms_per_token": 1000 * (processor_seconds(pid) - server_cpu) / made,
+                "client_cpu_ms_per_token": 1000 * (time.process_time() - client_cpu) / made,
                 "first_token_ms": percentiles(firsts),
                 "between_chunks_ms": percentiles([gap for timing in timings for gap in timing.gaps]),
                 "call_ms": percentiles([timing.end for timing in timings]),
@@ -229,12 +232,13 @@ async def measure(record: dict[str, Any], arguments: argparse.Namespace, pid: in
 
 async def run_clients(port: int, chosen: list[list[int]], calls: int, new: int) -> list[Timing]:
     """Each prompt's client makes its calls, one after the other."""
-    async with httpcore.AsyncConnectionPool(max_connections=len(chosen)) as pool:
 
-        async def client(number: int) -> list[Timing]:
+    async def client(number: int) -> list[Timing]:
+        # A pool of its own: one for all walks through every connection at each event.
+        async with httpcore.AsyncConnectionPool(max_connections=1) as pool:
             return [await call(pool, port, number, chosen[number], new) for _ in range(calls)]
 
-        return [timing for part in await asyncio.gather(*map(client, range(len(chosen)))) for timing in part]
+    return [timing for part in await asyncio.gather(*map(client, range(len(chosen)))) for timing in part]
 
 
 async def call(pool: httpcore.AsyncConnectionPool, port: int, number: int, ids: list[int], new: int) -> Timing:
@@ -280,6 +284,15 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {name: round(1000 * value, 3) for name, value in at.items()}
 
 
+def processor_seconds(pid: int | None) -> float:
+    """Time that the server's process has had of the processors; 0 where the system does not tell it."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.is_file():
+        return 0.0
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def resident(pid: int | None) -> float | None:
     """Memory of the server's process in megabytes, where the system tells it."""
     status = Path(f"/proc/{pid}/status")
@@ -292,7 +305,7 @@ def resident(pid: int | None) -> float | None:
 def show(record: dict[str, Any]) -> None:
     """The table."""
     print(f"{record['model']}, {record['dtype']}, {record['mode']}, {record['environment']['device']}")
-    alone = {row["streams"]: row["tokens_per_s"] for row in record["batcher"]}
+    alone = {row["streams"]: row for row in record["batcher"]}
     print(
         "| streams | tokens/s | of the batcher alone | first token p50 / p99, ms | between p50 / p99, ms | MB | other |"
     )
@@ -300,8 +313,11 @@ def show(record: dict[str, Any]) -> None:
     for row in record["served"]:
         first, gaps = row["first_token_ms"], row["between_chunks_ms"]
         print(
-            f"| {row['streams']} | {row['tokens_per_s']:.0f} | {row['tokens_per_s'] / alone[row['streams']]:.0%} | "
-            f"{first['p50']:.1f} / {first['p99']:.1f} | {gaps['p50']:.1f} / {gaps['p99']:.1f} | {row['server_mb']} | "
+            f"| {row['streams']} | {row['tokens_per_s']:.0f} | "
+            f"{row['tokens_per_s'] / alone[row['streams']]['tokens_per_s']:.0%} | "
+            f"{first['p50']:.1f} / {first['p99']:.1f} | {gaps['p50']:.1f} / {gaps['p99']:.1f} | "
+            f"{row['server_cpu_ms_per_token']:.2f} ({alone[row['streams']]['cpu_ms_per_token']:.2f}) | "
+            f"{row['server_mb']} | "
             f"{row['other_texts']} of {row['calls']} |"
         )
 
