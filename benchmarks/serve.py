@@ -307,9 +307,10 @@ def show(record: dict[str, Any]) -> None:
     print(f"{record['model']}, {record['dtype']}, {record['mode']}, {record['environment']['device']}")
     alone = {row["streams"]: row for row in record["batcher"]}
     print(
-        "| streams | tokens/s | of the batcher alone | first token p50 / p99, ms | between p50 / p99, ms | MB | other |"
+        "| streams | tokens/s | of the batcher alone | first token p50 / p99, ms | between p50 / p99, ms | "
+        "server's CPU ms a token (batcher alone) | MB | other |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for row in record["served"]:
         first, gaps = row["first_token_ms"], row["between_chunks_ms"]
         print(
