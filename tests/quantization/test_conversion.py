@@ -118,9 +118,10 @@ def test_quantized_model_computes_what_its_restored_weights_compute(
         by_kernel, theirs = model(**batch), reference(**batch)
         monkeypatch.setattr("phi35.quantization.cpu.native.MAX_TOKENS", 0)
         ours = model(**batch)
-    # Measured: at most 4e-7 at a standard deviation of 0.16; with the CPU's kernel 4e-6.
+    # Measured: at most 4e-7 at a standard deviation of 0.16; with the CPU's kernel (activations in 16 bits)
+    # 2.5e-5.
     assert float((ours.logits - theirs.logits).abs().max()) < 2e-6
-    assert float((by_kernel.logits - theirs.logits).abs().max()) < 2e-5
+    assert float((by_kernel.logits - theirs.logits).abs().max()) < 1e-4
     for mine, other in zip(ours.router_outputs, theirs.router_outputs, strict=True):
         assert torch.equal(mine.expert_indices, other.expert_indices)
     labels = batch["input_ids"].clamp(min=0)
