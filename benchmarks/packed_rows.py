@@ -136,7 +136,7 @@ def attend_in_one(tensors: list[torch.Tensor], packed: PackedRows) -> torch.Tens
 def attend_by_sample(tensors: list[torch.Tensor], packed: PackedRows) -> torch.Tensor:
     """torch's causal attention sample by sample."""
     flat = tuple(tensor.transpose(1, 2).flatten(0, 1) for tensor in tensors)
-    attended = _one_by_one(flat, packed.segments, None, 0.0)
+    attended = _one_by_one(flat, packed.segments, None, 0.0, None)
     return attended.unflatten(0, (len(packed.samples), packed.length)).transpose(1, 2)
 
 

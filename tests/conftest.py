@@ -1,6 +1,7 @@
 """Settings of every test: two cores are shared, seeds are fixed, GPU tests skip where there is none."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,19 @@ import torch
 def fixed_seed() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_left() -> Iterator[None]:
+    """A file of tests ends the process group it has begun: programs that later files start would look for it."""
+    yield
+    left = sorted({"RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys())
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        left.append("a process group")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    assert not left, f"the file leaves {left}: call phi35.training.environment.stop()"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
