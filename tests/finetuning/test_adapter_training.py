@@ -1,7 +1,6 @@
 """Runs that train an adapter alone: what they save, how they resume, what they export."""
 
 import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,18 +13,9 @@ from phi35.adapters.files import load_adapter
 from phi35.adapters.inject import is_adapter
 from phi35.quantization.config import QuantizationConfig, WeightFormat
 from phi35.quantization.convert import quantize
-from phi35.training import environment
 from phi35.training.config import TrainingConfig
 from phi35.training.export import export
 from phi35.training.run import train
-
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    """Runs in this process leave no process group to the tests after them."""
-    yield
-    environment.stop()
-
 
 ADAPTER = {"rank": 4, "alpha": 8, "dropout": 0.1}
 IDS = torch.randint(0, 1000, (2, 17), generator=torch.Generator().manual_seed(3))

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,20 +21,11 @@ from phi35.adapters.inject import add_adapter
 from phi35.data.documents import open_documents
 from phi35.data.preferences import PairRows, PreferencePairs
 from phi35.processor import Processor
-from phi35.training import environment
 from phi35.training.build import SMALL_MODEL
 from phi35.training.config import TrainingConfig
 from phi35.training.preference import PreferenceObjective
 from phi35.training.preference_config import PreferenceConfig
 from phi35.training.run import train
-
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    """Runs in this process leave no process group to the tests after them."""
-    yield
-    environment.stop()
-
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("tiny-phi-3.5-mini", "tiny-phi-3.5-moe", "tiny-phi-3.5-vision")
