@@ -52,7 +52,7 @@ class SparseMoE(nn.Module):
         self.shared_expert = GatedMLP(config, shared_size) if shared_size else None
 
     def forward(
-        self, hidden_states: torch.Tensor, routing: RouterOutput | None = None
+        self, hidden_states: torch.Tensor, routing: RouterOutput | None = None, jittered: bool = False
     ) -> tuple[torch.Tensor, RouterOutput]:
         """Route every token, run its experts, add their outputs.
 
@@ -62,6 +62,7 @@ class SparseMoE(nn.Module):
         Args:
             hidden_states: (B, T, D).
             routing: what an earlier call on the same tokens returned, to use the same experts again (replay).
+            jittered: the input was multiplied by such noise already, by the norm before it (``phi35.jitter``).
 
         Returns:
             (B, T, D) in the input's dtype, and the routing of the N = B T tokens.
@@ -70,7 +71,7 @@ class SparseMoE(nn.Module):
             ValueError: if ``routing`` does not fit the tokens.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self.training and self.input_jitter_noise > 0:
+        if self.training and self.input_jitter_noise > 0 and not jittered:
             noise = torch.empty_like(tokens, memory_format=torch.contiguous_format)
             tokens = tokens * noise.uniform_(1.0 - self.input_jitter_noise, 1.0 + self.input_jitter_noise)
         router_output = self.router(tokens, routing)

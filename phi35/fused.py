@@ -14,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from phi35.jitter import Jitter
 from phi35.registry import resolve
 
 
@@ -24,13 +25,14 @@ def add_norm(
     bias: torch.Tensor | None,
     eps: float,
     subtract_mean: bool,
+    jitter: Jitter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of two tensors (..., D), and its RMSNorm, or its LayerNorm with ``subtract_mean``.
+    """The sum of two tensors (..., D), and its RMSNorm, or its LayerNorm with ``subtract_mean``, times the jitter.
 
     Without ``residual`` the sum is ``hidden_states``; handing it on from here lets the norm's backward pass add the
     gradients of both of its readers.
     """
-    return _AddNorm.apply(hidden_states, residual, weight, bias, eps, subtract_mean)
+    return _AddNorm.apply(hidden_states, residual, weight, bias, eps, subtract_mean, jitter)
 
 
 def gated_activation(gate_up: torch.Tensor, activation: str, limit: float | None = None) -> torch.Tensor:
@@ -82,12 +84,14 @@ class _AddNorm(torch.autograd.Function):
         bias: torch.Tensor | None,
         eps: float,
         subtract_mean: bool,
+        jitter: Jitter | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_states = hidden_states.contiguous()
         residual = None if residual is None else residual.contiguous()
         forward = resolve("phi35.kernels.norm:add_norm") if uses_kernels(hidden_states) else _add_norm_with_torch
-        total, normed, means, deviations = forward(hidden_states, residual, weight, bias, eps, subtract_mean)
+        total, normed, means, deviations = forward(hidden_states, residual, weight, bias, eps, subtract_mean, jitter)
         ctx.save_for_backward(total, weight, means, deviations)
+        ctx.jitter = jitter
         ctx.set_materialize_grads(False)
         ctx.kinds = residual is not None, None if bias is None else bias.dtype
         return total, normed
@@ -100,14 +104,14 @@ class _AddNorm(torch.autograd.Function):
         total, weight, means, deviations = ctx.saved_tensors
         has_residual, bias_dtype = ctx.kinds
         if grad_normed is None:
-            return (grad_total, grad_total if has_residual else None, *(None,) * 4)
+            return (grad_total, grad_total if has_residual else None, *(None,) * 5)
         grad_total = None if grad_total is None else grad_total.contiguous()
         backward = resolve("phi35.kernels.norm:add_norm_backward") if uses_kernels(total) else _norm_backward_with_torch
         grad, grad_weight, grad_bias = backward(
-            grad_total, grad_normed.contiguous(), total, weight, means, deviations, bias_dtype is not None
+            grad_total, grad_normed.contiguous(), total, weight, means, deviations, bias_dtype is not None, ctx.jitter
         )
         grad_bias = None if grad_bias is None else grad_bias.to(bias_dtype)
-        return grad, grad if has_residual else None, grad_weight.to(weight.dtype), grad_bias, None, None
+        return grad, grad if has_residual else None, grad_weight.to(weight.dtype), grad_bias, *(None,) * 3
 
 
 class _GatedActivation(torch.autograd.Function):
@@ -213,6 +217,7 @@ def _add_norm_with_torch(
     bias: torch.Tensor | None,
     eps: float,
     subtract_mean: bool,
+    jitter: Jitter | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     total = hidden_states if residual is None else hidden_states + residual
     wide = _wide(total)
@@ -223,6 +228,8 @@ def _add_norm_with_torch(
     normed = wide * deviations.unsqueeze(-1) * _wide(weight)
     if bias is not None:
         normed = normed + _wide(bias)
+    if jitter is not None:
+        normed = normed * jitter.noise(total)
     return total, normed.to(total.dtype), means, deviations
 
 
@@ -234,8 +241,11 @@ def _norm_backward_with_torch(
     means: torch.Tensor,
     deviations: torch.Tensor,
     has_bias: bool,
+    jitter: Jitter | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     wide, upstream = _wide(total), _wide(grad_normed)
+    if jitter is not None:
+        upstream = upstream * jitter.noise(total)
     if means.numel():
         wide = wide - means.unsqueeze(-1)
     value = wide * deviations.unsqueeze(-1)

@@ -16,6 +16,7 @@ from phi35.activation_checkpointing import checkpoint_layer
 from phi35.attention import Attention, AttentionPlan, plan_attention
 from phi35.cache import KVCache
 from phi35.config import ModelConfig
+from phi35.jitter import Jitter
 from phi35.language_model_head import build_head, loss_from_logits, losses_from_logits, shift_labels
 from phi35.norm import RMSNorm, build_norm
 from phi35.outputs import CausalLMOutput, RouterOutput
@@ -410,11 +411,21 @@ class DecoderLayer(nn.Module):
         stream, normed = self.input_layernorm(hidden_states, keep=True)
         with self._given_again(normed, self.input_layernorm, stream):
             attended = F.dropout(self.self_attn(normed, plan, cache), self.dropout, self.training)
-        stream, normed = self.post_attention_layernorm(attended, stream, keep=True)
-        with self._given_again(normed, self.post_attention_layernorm, stream):
-            fed, routing = self.mlp(normed)
+        norm, jitter = self.post_attention_layernorm, self._jitter(attended)
+        stream, normed = norm(attended, stream, keep=True, jitter=jitter)
+        with self._given_again(normed, norm, stream, jitter):
+            fed, routing = self.mlp(normed) if jitter is None else self.mlp(normed, jittered=True)
         return stream + F.dropout(fed, self.fed_dropout, self.training), routing
 
-    def _given_again(self, normed: torch.Tensor, norm: nn.Module, stream: torch.Tensor) -> AbstractContextManager[Any]:
+    def _jitter(self, hidden_states: torch.Tensor) -> Jitter | None:
+        """The noise of a sparse feed-forward's input where the norm before it is fused, so that it costs no pass."""
+        amount = getattr(self.mlp, "input_jitter_noise", 0.0)
+        if not (amount > 0 and self.mlp.training and getattr(self.post_attention_layernorm, "fused", False)):
+            return None
+        return Jitter.draw(amount, hidden_states.device)
+
+    def _given_again(
+        self, normed: torch.Tensor, norm: nn.Module, stream: torch.Tensor, jitter: Jitter | None = None
+    ) -> AbstractContextManager[Any]:
         source = stream.detach()
-        return given_again(normed, lambda: norm(source), enabled=self.lean)
+        return given_again(normed, lambda: norm(source, jitter=jitter), enabled=self.lean)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from phi35.config import ModelConfig
 from phi35.fused import add_norm
+from phi35.jitter import Jitter
 
 
 class RMSNorm(nn.Module):
@@ -24,19 +25,27 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, keep: bool = False) -> Any:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        keep: bool = False,
+        jitter: Jitter | None = None,
+    ) -> Any:
         """Normalise (..., D) to (..., D).
 
         Args:
             hidden_states: (..., D).
             residual: (..., D) added first.
             keep: return the sum too: (sum, normalised).
+            jitter: multiplies the result.
         """
         if self.fused:
-            total, normed = add_norm(hidden_states, residual, self.weight, None, self.eps, subtract_mean=False)
+            total, normed = add_norm(hidden_states, residual, self.weight, None, self.eps, False, jitter)
         else:
             total = hidden_states if residual is None else hidden_states + residual
             normed = F.rms_norm(total, self.weight.shape, self.weight, self.eps)
+            normed = normed if jitter is None else normed * jitter.noise(normed)
         return (total, normed) if keep else normed
 
     def extra_repr(self) -> str:
@@ -48,13 +57,20 @@ class LayerNorm(nn.LayerNorm):
 
     fused = False
 
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, keep: bool = False) -> Any:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        keep: bool = False,
+        jitter: Jitter | None = None,
+    ) -> Any:
         """As ``RMSNorm.forward``."""
         if self.fused:
-            total, normed = add_norm(hidden_states, residual, self.weight, self.bias, self.eps, subtract_mean=True)
+            total, normed = add_norm(hidden_states, residual, self.weight, self.bias, self.eps, True, jitter)
         else:
             total = hidden_states if residual is None else hidden_states + residual
             normed = super().forward(total)
+            normed = normed if jitter is None else normed * jitter.noise(normed)
         return (total, normed) if keep else normed
 
 

@@ -109,8 +109,8 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
     if HAS_FACTOR:
         inside = places < tl.where(scale == scale, count, 0)
     if ROUND_WEIGHTS or ROUND_MOMENTS:
-        bits = _mix(places.to(tl.uint32) ^ (key.to(tl.uint32) * 2654435769))
-        more = _mix(bits + 1640531527)
+        bits = mix(places.to(tl.uint32) ^ (key.to(tl.uint32) * 2654435769))
+        more = mix(bits + 1640531527)
     if HAS_MASTER:
         tl.store(master + places, value, mask=inside)
     if ROUND_WEIGHTS:
@@ -124,7 +124,7 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _mix(bits):  # type: ignore[no-untyped-def]
+def mix(bits):  # type: ignore[no-untyped-def]
     """A 32-bit finalizer (MurmurHash3's): every bit of the result hangs on every bit of the argument."""
     bits = (bits ^ (bits >> 16)) * 2246822507
     bits = (bits ^ (bits >> 13)) * 3266489909

@@ -4,6 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from phi35.jitter import Jitter
+from phi35.kernels.adamw import mix
+
 _INTERPRETED_PROGRAMS = 4
 
 
@@ -14,6 +17,7 @@ def add_norm(
     bias: torch.Tensor | None,
     eps: float,
     subtract_mean: bool,
+    jitter: Jitter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalises the sum of two tensors.
 
@@ -24,6 +28,7 @@ def add_norm(
         bias: (D,) or None.
         eps: added to the mean square.
         subtract_mean: LayerNorm instead of RMSNorm.
+        jitter: multiplies the normalised sum.
 
     Returns:
         the sum (``hidden_states`` itself without ``residual``), the normalised sum, and float32 means (N,) (empty for
@@ -47,8 +52,11 @@ def add_norm(
         weight if bias is None else bias,
         means,
         deviations,
+        deviations if jitter is None else jitter.seed,
         width,
         eps,
+        *_interval(jitter),
+        JITTER=jitter is not None,
         ADD=residual is not None,
         BIAS=bias is not None,
         SUBTRACT=subtract_mean,
@@ -66,6 +74,7 @@ def add_norm_backward(
     means: torch.Tensor,
     deviations: torch.Tensor,
     has_bias: bool,
+    jitter: Jitter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of ``add_norm``.
 
@@ -77,6 +86,7 @@ def add_norm_backward(
         means: (N,) of the forward pass, empty for RMSNorm.
         deviations: (N,) reciprocal deviations of the forward pass.
         has_bias: whether a gradient of the bias is wanted.
+        jitter: of the forward pass.
 
     Returns:
         the gradient of both summands (..., D), of the weight (D,), and of the bias (D,) or None; the last two float32.
@@ -86,8 +96,7 @@ def add_norm_backward(
     grad = torch.empty_like(total)
     # Each program adds up the weight's gradient over its rows; few programs, so that the second sum is short.
     programs = max(1, min(num_rows, _programs(total.device)))
-    weight_parts = torch.empty((programs, width), dtype=torch.float32, device=total.device)
-    bias_parts = torch.empty((programs if has_bias else 0, width), dtype=torch.float32, device=total.device)
+    parts = torch.empty((1 + has_bias, programs, width), dtype=torch.float32, device=total.device)
     block = triton.next_power_of_2(width)
     _norm_backward_kernel[(programs,)](
         grad_normed if grad_total is None else grad_total,
@@ -97,22 +106,31 @@ def add_norm_backward(
         means,
         deviations,
         grad,
-        weight_parts,
-        bias_parts,
+        parts[0],
+        parts[-1],
+        deviations if jitter is None else jitter.seed,
         num_rows,
         width,
+        *_interval(jitter),
+        JITTER=jitter is not None,
         ADD=grad_total is not None,
         BIAS=has_bias,
         SUBTRACT=means.numel() > 0,
         BLOCK=block,
         num_warps=_warps(block),
     )
-    return grad, weight_parts.sum(dim=0), bias_parts.sum(dim=0) if has_bias else None
+    sums = parts.sum(dim=1)
+    return grad, sums[0], sums[1] if has_bias else None
 
 
 def _warps(block: int) -> int:
     """Eight elements (16 bytes of bfloat16) and more for each thread."""
     return max(1, min(8, block // 256))
+
+
+def _interval(jitter: Jitter | None) -> tuple[float, float]:
+    """Where the noise begins, and what a step of its 32 bits is worth."""
+    return (1.0, 0.0) if jitter is None else (1.0 - jitter.amount, 2 * jitter.amount / 2**32)
 
 
 def _programs(device: torch.device) -> int:
@@ -131,8 +149,12 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     bias,
     means,
     deviations,
+    seed,
     width,
     eps,
+    low,
+    unit,
+    JITTER: tl.constexpr,
     ADD: tl.constexpr,
     BIAS: tl.constexpr,
     SUBTRACT: tl.constexpr,
@@ -157,6 +179,8 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     result = value * deviation * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         result += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if JITTER:
+        result *= _noise(at, seed, low, unit, normed.dtype.element_ty)
     tl.store(normed + at, result.to(normed.dtype.element_ty), mask=inside)
 
 
@@ -171,8 +195,12 @@ def _norm_backward_kernel(  # type: ignore[no-untyped-def]
     grad,
     weight_parts,
     bias_parts,
+    seed,
     num_rows,
     width,
+    low,
+    unit,
+    JITTER: tl.constexpr,
     ADD: tl.constexpr,
     BIAS: tl.constexpr,
     SUBTRACT: tl.constexpr,
@@ -188,6 +216,8 @@ def _norm_backward_kernel(  # type: ignore[no-untyped-def]
     for row in range(program, num_rows, programs):
         value = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
         upstream = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
+        if JITTER:
+            upstream *= _noise(at, seed, low, unit, total.dtype.element_ty)
         deviation = tl.load(deviations + row)
         if SUBTRACT:
             value = tl.where(inside, value - tl.load(means + row), 0.0)
@@ -207,3 +237,10 @@ def _norm_backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(weight_parts + program * width + columns, weight_sum, mask=inside)
     if BIAS:
         tl.store(bias_parts + program * width + columns, bias_sum, mask=inside)
+
+
+@triton.jit
+def _noise(at, seed, low, unit, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What ``Jitter.noise`` gives at these places, rounded to the dtype KIND and widened."""
+    bits = mix(at.to(tl.uint32) ^ (tl.load(seed).to(tl.uint32) * 2654435769))
+    return (bits.to(tl.float32) * unit + low).to(KIND).to(tl.float32)

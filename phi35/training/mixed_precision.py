@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from phi35.jitter import WORD, mix, noise_bits
 from phi35.registry import resolve
 from phi35.training import optimizers
 from phi35.training.config import TrainingConfig
@@ -187,22 +188,13 @@ def _update_with_torch(
     bits = more = None
     if first.dtype == torch.bfloat16 or master is None:
         bits = noise_bits(weights.numel(), key, weights.device).view(weights.shape)
-        more = _mix(bits + 1640531527 & _WORD)
+        more = mix(bits + 1640531527 & WORD)
     weights.copy_(value if master is not None or bits is None else round_stochastically(value, bits >> 16))
     if first.dtype == torch.bfloat16:
         assert bits is not None and more is not None
         mean, square = round_stochastically(mean, bits & 0xFFFF), round_stochastically(square, more >> 16)
     first.copy_(mean)
     second.copy_(square)
-
-
-_WORD = 0xFFFFFFFF
-
-
-def noise_bits(count: int, key: int, device: torch.device) -> torch.Tensor:
-    """(count,) int64 numbers in [0, 2^32), a function of place and key."""
-    places = torch.arange(count, device=device) & _WORD
-    return _mix(places ^ (key * 2654435769 & _WORD))
 
 
 def round_stochastically(value: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -214,13 +206,6 @@ def round_stochastically(value: torch.Tensor, noise: torch.Tensor) -> torch.Tens
     """
     bits = value.view(torch.int32) + noise.to(torch.int32)
     return (bits & ~0xFFFF).view(torch.float32)
-
-
-def _mix(bits: torch.Tensor) -> torch.Tensor:
-    # A product of two 32-bit numbers may pass 2^63; int64 wraps, and its lower half is right all the same.
-    bits = (bits ^ (bits >> 16)) * 2246822507 & _WORD
-    bits = (bits ^ (bits >> 13)) * 3266489909 & _WORD
-    return bits ^ (bits >> 16)
 
 
 def _key(seed: int, step: int, index: int) -> int:

@@ -54,10 +54,11 @@ CASES = {
         {
             "hidden_states residual total normed weight bias": BF16,
             "means deviations": FP32,
+            "seed": "*i32",
             "width": "i32",
-            "eps": "fp32",
+            "eps low unit": "fp32",
         },
-        {"ADD": True, "BIAS": False, "SUBTRACT": False, "BLOCK": 4096},
+        {"JITTER": True, "ADD": True, "BIAS": True, "SUBTRACT": True, "BLOCK": 4096},
         8,
     ),
     "norm backward": (
@@ -65,9 +66,11 @@ CASES = {
         {
             "grad_total grad_normed total weight grad": BF16,
             "means deviations weight_parts bias_parts": FP32,
+            "seed": "*i32",
             "num_rows width": "i32",
+            "low unit": "fp32",
         },
-        {"ADD": True, "BIAS": True, "SUBTRACT": True, "BLOCK": 4096},
+        {"JITTER": True, "ADD": True, "BIAS": True, "SUBTRACT": True, "BLOCK": 4096},
         8,
     ),
     "gate": (

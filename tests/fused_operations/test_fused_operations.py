@@ -98,12 +98,13 @@ def gradients(preset, kernels, checkpointing=False, **changes):
     "preset", ["tiny-phi-3.5-mini", "tiny-phi-3.5-moe", "tiny-phi-3-medium-4k", "tiny-phi-3-small-8k"]
 )
 def test_a_fused_model_equals_the_plain_one(preset):
-    loss, plain = gradients(preset, "torch")
-    again, fast = gradients(preset, "fused")
+    # The plain form draws the input's noise from the generator itself, the fused one from a seed.
+    loss, plain = gradients(preset, "torch", input_jitter_noise=0.0)
+    again, fast = gradients(preset, "fused", input_jitter_noise=0.0)
     assert plain.keys() == fast.keys()
     assert again.item() == pytest.approx(loss.item(), rel=1e-6)
     for name in plain:  # measured: at most 1.2e-6 of the gradient's norm
-        assert float((plain[name] - fast[name]).norm() / plain[name].norm()) < 1e-5, name
+        assert float((plain[name] - fast[name]).norm()) <= 1e-5 * float(plain[name].norm()), name
 
 
 @pytest.mark.parametrize("preset", ["tiny-phi-3.5-mini", "tiny-phi-3.5-moe", "tiny-phi-3-small-8k"])

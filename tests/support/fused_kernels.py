@@ -4,6 +4,7 @@ A process of its own: TRITON_INTERPRET must stand before Triton is imported, and
 the torch form of the same operation (``phi35.fused``), in float64 where that matters.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import torch
 
 from phi35 import fused, fused_head, gradient_squares
 from phi35.feed_forward import gegelu
+from phi35.jitter import Jitter
 from phi35.kernels import adamw
 from phi35.loading import create
 from phi35.training import mixed_precision
@@ -47,26 +49,34 @@ def compare(run: Any, inputs: list[torch.Tensor], plain: Any) -> dict[str, float
     }
 
 
+def norm_formula(values: tuple[torch.Tensor, ...], mean: bool, added: bool) -> list[torch.Tensor]:
+    """The sum and its norm as the papers write them."""
+    total = values[0] + values[1] if added else values[0]
+    weight, bias = values[-2:] if mean else (values[-1], None)
+    centred = total - total.mean(-1, keepdim=True) if mean else total
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    return [total * 1.0, normed if bias is None else normed + bias]
+
+
 def norms() -> dict[str, dict[str, float]]:
-    """RMSNorm and LayerNorm, with and without a residual, a width that is no power of two, eleven rows."""
+    """RMSNorm and LayerNorm, with and without a residual and noise, a width that is no power of two, eleven rows."""
     results = {}
-    for mean in (False, True):
-        for added in (False, True):
+    for mean, added, noisy in itertools.product((False, True), repeat=3):
+        jitter = Jitter(0.25, torch.tensor([123456789], dtype=torch.int32)) if noisy else None
+        noise = 1.0 if jitter is None else jitter.noise(draw(11, 24)).double()
 
-            def plain(*values: torch.Tensor, mean: bool = mean, added: bool = added) -> list[torch.Tensor]:
-                total = values[0] + values[1] if added else values[0]
-                weight, bias = values[-2:] if mean else (values[-1], None)
-                centred = total - total.mean(-1, keepdim=True) if mean else total
-                normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
-                return [total * 1.0, normed if bias is None else normed + bias]
+        def plain(*values: torch.Tensor, mean: bool = mean, added: bool = added, noise: Any = noise) -> Any:
+            total, normed = norm_formula(values, mean, added)
+            return [total, normed * noise]
 
-            def run(*values: torch.Tensor, mean: bool = mean, added: bool = added) -> list[torch.Tensor]:
-                weight, bias = values[-2:] if mean else (values[-1], None)
-                return list(fused.add_norm(values[0], values[1] if added else None, weight, bias, 1e-5, mean))
+        def run(*values: torch.Tensor, mean: bool = mean, added: bool = added, jitter: Any = jitter) -> Any:
+            weight, bias = values[-2:] if mean else (values[-1], None)
+            return list(fused.add_norm(values[0], values[1] if added else None, weight, bias, 1e-5, mean, jitter))
 
-            inputs = [draw(11, 24, seed=seed) for seed in range(2 if added else 1)]
-            inputs += [draw(24, seed=5 + seed) for seed in range(2 if mean else 1)]
-            results[f"{'layer' if mean else 'rms'}{'+residual' if added else ''}"] = compare(run, inputs, plain)
+        inputs = [draw(11, 24, seed=seed) for seed in range(2 if added else 1)]
+        inputs += [draw(24, seed=5 + seed) for seed in range(2 if mean else 1)]
+        name = f"{'layer' if mean else 'rms'}{'+residual' * added}{'*jitter' * noisy}"
+        results[name] = compare(run, inputs, plain)
     return results
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from phi35.jitter import noise_bits
 from phi35.loading import create
 from phi35.training.acceleration import compile_layers
-from phi35.training.mixed_precision import MixedPrecisionAdamW, noise_bits, round_stochastically
+from phi35.training.mixed_precision import MixedPrecisionAdamW, round_stochastically
 
 
 def losses_and_gradients(preset, form, **changes):
