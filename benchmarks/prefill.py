@@ -5,8 +5,9 @@
 
 bfloat16, random weights drawn on the device, one prompt of random tokens, warm. Operations are counted as usual, twice
 the active parameters times the tokens and no attention; "needed" leaves out the embedding, and the head but for the
-last token. The bound is the rate of a square matrix product of 8,192. Long prompts run in chunks; peak memory is shown.
-Prints a table and, last, one JSON line.
+last token. The bound is what is needed and causal attention, most of it at 128k tokens, at the rate of a square matrix
+product of 8,192. Long prompts run in chunks; peak memory is shown. Medians of 7 after one to warm up; beyond 32,768
+tokens one run after a shorter prompt, as each row tells. Prints a table and, last, one JSON line.
 """
 
 import argparse
@@ -32,6 +33,10 @@ from phi35.config import ModelConfig  # noqa: E402
 from phi35.generation import fast_prefill  # noqa: E402
 from phi35.generation.fast_prefill import Prompt, prefill  # noqa: E402
 from phi35.parameter_count import count_parameters  # noqa: E402
+from phi35.training.flops import attention_pairs  # noqa: E402
+
+LONG, WARM_UP = 32768, 1024
+"""Prompts beyond ``LONG`` tokens run once, after a chunk and ``WARM_UP`` more tokens."""
 
 
 def main() -> None:
@@ -102,39 +107,51 @@ def flops(config: ModelConfig, tokens: int) -> tuple[float, float]:
     return 2.0 * tokens * active, 2.0 * tokens * (active - 2 * table) + 2.0 * table
 
 
+def attention_flops(config: ModelConfig, tokens: int) -> float:
+    """Operations of causal attention in all layers: two products of each visible pair of a query and a key."""
+    width = config.num_attention_heads * config.attention_head_dim
+    return 4.0 * attention_pairs(tokens, config) * width * config.num_hidden_layers
+
+
 def time_prompt(
     record: dict[str, Any], model: str, side: str, built: Any, length: int, chunk: int, device: torch.device
 ) -> dict[str, Any]:
     """One length of one side."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, min(built.config.vocab_size, 30000) - 64, (1, length), generator=generator)
-    rounds = 7 if length <= 16384 else 2
-    row: dict[str, Any] = {"model": model, "side": side, "length": length, "chunk": chunk}
+    rounds = 7 if length <= LONG else 1
+    row: dict[str, Any] = {"model": model, "side": side, "length": length, "chunk": chunk, "rounds": rounds}
     if side == "transformers":
         spent = transformers_peer.prefill_time(built, ids.to(device), rounds)
         counted = presets.get(PRESETS[model]) if device.type == "cuda" else presets.get(SMALL[model])
     else:
         spent, counted = ours(built, ids[0].tolist(), chunk, rounds, device, row), built.config
     usual, needed = flops(counted, length)
+    rate = record["dense_tflops"]
     row |= {"ms": 1e3 * spent, "tflops": usual / spent / 1e12}
-    row["of_dense"] = row["tflops"] / record["dense_tflops"]
-    row["needed_of_dense"] = needed / spent / 1e12 / record["dense_tflops"]
+    row |= {"of_dense": row["tflops"] / rate, "needed_of_dense": needed / spent / 1e12 / rate}
+    attention = attention_flops(counted, length)
+    row |= {"attention_share": attention / (needed + attention), "bound_ms": (needed + attention) / rate / 1e9}
+    row["of_bound"] = row["bound_ms"] / row["ms"]
     print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
     return row
 
 
 def ours(model: Any, ids: list[int], chunk: int, rounds: int, device: torch.device, row: dict[str, Any]) -> float:
-    """Median seconds from the ids on the host to the last token's logits."""
+    """Median seconds from the ids on the host to the last token's logits; one run of a long prompt."""
     cache = model.new_cache(1, len(ids))
     long = len(ids) > model.config.original_max_position_embeddings
     prompts = [Prompt(ids, None, 0, long)]
+    warm = ids if rounds > 1 else ids[: chunk + WARM_UP]
+    row["warm_up"] = len(warm)
     times = []
     for turn in range(rounds + 1):
         if turn == 1 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         transformers_peer.synchronise()
         start = time.perf_counter()
-        prefill(model, cache, prompts, chunk, plain=device.type == "cpu")
+        given = prompts if turn else [Prompt(warm, None, 0, long)]
+        prefill(model, cache, given, chunk, plain=device.type == "cpu")
         transformers_peer.synchronise()
         if turn:
             times.append(time.perf_counter() - start)
@@ -166,14 +183,14 @@ def report(record: dict[str, Any]) -> None:
     """The table."""
     rows = record.get("rows", [])
     print(
-        f"{'model':8s}{'tokens':>8s}{'chunk':>8s}{'ms':>10s}{'TFLOP/s':>9s}{'of dense':>10s}{'needed':>8s}{'GiB':>7s}"
-        "   side"
+        f"{'model':8s}{'tokens':>8s}{'chunk':>8s}{'ms':>10s}{'TFLOP/s':>9s}{'of dense':>10s}{'needed':>8s}"
+        f"{'bound':>10s}{'of it':>7s}{'GiB':>7s}   side"
     )
     for row in (row for row in rows if "ms" in row):
         print(
             f"{row['model']:8s}{row['length']:8d}{row['chunk']:8d}{row['ms']:10.2f}{row['tflops']:9.1f}"
-            f"{100 * row['of_dense']:9.1f}%{100 * row['needed_of_dense']:7.1f}%{row.get('peak_gib', 0):7.1f}"
-            f"   {row['side']}",
+            f"{100 * row['of_dense']:9.1f}%{100 * row['needed_of_dense']:7.1f}%"
+            f"{row['bound_ms']:10.2f}{100 * row['of_bound']:6.1f}%{row.get('peak_gib', 0):7.1f}   {row['side']}",
             flush=True,
         )
 

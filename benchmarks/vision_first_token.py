@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import moe_layer  # noqa: E402
 import transformers_peer  # noqa: E402
 from decode import attempt  # noqa: E402
-from prefill import flops  # noqa: E402
+from prefill import attention_flops, flops  # noqa: E402
 
 import phi35  # noqa: E402
 from phi35 import registry  # noqa: E402
@@ -136,7 +136,7 @@ def measure(model: Any, pictures: int, num_crops: int, rounds: int, record: dict
     rate = record["dense_tflops"] * 1e9
     row["tower_bound"] = tower_flops(config, len(pixels)) / rate
     row["projector_bound"] = projector_flops(config, sum(counts)) / rate
-    row["prefill_bound"] = flops(config, ids.shape[1])[1] / rate
+    row["prefill_bound"] = (flops(config, ids.shape[1])[1] + attention_flops(config, ids.shape[1])) / rate
     row["bound"] = row["tower_bound"] + row["projector_bound"] + row["prefill_bound"]
     if device.type == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

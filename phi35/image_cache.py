@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from phi35.module_walk import stored_tensors
+
 DEFAULT_BYTES = 2**28
 """256 MiB: 17 pictures of 16 crops of phi-3.5-vision in bfloat16."""
 LANES = 4
@@ -107,7 +109,7 @@ class ImageFeatureCache:
 
     def _check_weights(self, embedding: Any) -> None:
         """Forget all where the weights are not those that made the features."""
-        weights = tuple((one.data_ptr(), one._version) for one in embedding.parameters())
+        weights = tuple((one.data_ptr(), one._version) for one in stored_tensors(embedding))
         if weights != self._weights:
             self.clear()
             self._weights = weights

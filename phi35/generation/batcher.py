@@ -24,6 +24,7 @@ from phi35.generation.requests import Emitted, Queued, Request
 from phi35.generation.rows import crosses, finish_reason, rope_length
 from phi35.image_cache import ImageFeatureCache
 from phi35.kernels.operands import StepState
+from phi35.module_walk import walk
 from phi35.paged_cache import PAGE_SIZE, PagedCache, PagedRows
 from phi35.prefix_cache import PageKeys, PrefixStatistics
 from phi35.tokenizer import Tokenizer
@@ -479,7 +480,7 @@ class Batcher:
         if mode not in (None, "graphs", "kernels", "plain"):
             raise ValueError(f"mode must be 'graphs', 'kernels', 'plain' or None, got {mode!r}")
         reason = limit(self.model, kv_cache_dtype) if mode in (None, "graphs") else None
-        if reason is None and any(map(waits_for_host, self.model.modules())):
+        if reason is None and any(map(waits_for_host, walk(self.model))):
             if mode == "graphs":
                 reason = "its experts lie in host memory"
             mode = mode or "kernels"

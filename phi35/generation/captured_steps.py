@@ -19,6 +19,7 @@ from phi35.generation.fast_prefill import Prompt, prefill
 from phi35.generation.fast_step import CannotCaptureError, limit, waits_for_host
 from phi35.generation.plain_steps import PlainSteps
 from phi35.generation.rows import Row, crosses, rope_length
+from phi35.module_walk import walk
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def steps_for(model: Any, options: Any, rows: list[Row]) -> "PlainSteps | Captur
     if options.fast is False:
         return PlainSteps(model, options, rows)
     reason = limit(model, options.kv_cache_dtype)
-    graph = not any(map(waits_for_host, model.modules()))
+    graph = not any(map(waits_for_host, walk(model)))
     if reason is None and options.fast and not graph:
         reason = "its experts lie in host memory"
     elif reason is None:
@@ -174,11 +175,13 @@ class CapturedSteps:
                 rope_length(row, self.config, self.options) > self.config.original_max_position_embeddings
             )
             prompts.append(Prompt(row.ids, row.embeds, self._places[number], row.rope_long))
-        cache = self.step.cache
+        cache, device = self.step.cache, self.model.device
+        # Before the prompts' work is queued: a copy from the host waits for all that is.
+        places = torch.tensor([prompt.place for prompt in prompts], device=device)
+        lengths = torch.tensor([len(prompt.ids) for prompt in prompts], dtype=cache.lengths.dtype, device=device)
+        use_long = torch.tensor([prompt.use_long for prompt in prompts], dtype=cache.rope_long.dtype, device=device)
         logits.copy_(prefill(self.model, cache, prompts, self.options.prefill_chunk_size, self.plain))
-        places = torch.tensor([prompt.place for prompt in prompts], device=self.model.device)
-        cache.lengths[places] = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.model.device)
-        cache.rope_long[places] = torch.tensor([prompt.use_long for prompt in prompts], device=self.model.device)
+        cache.lengths[places], cache.rope_long[places] = lengths, use_long
 
     def _cross(self, crossing: list[int]) -> None:
         """A step in which some rows change over to the long factors; nothing is queued."""

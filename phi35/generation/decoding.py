@@ -26,6 +26,7 @@ from phi35.generation.sampling import SamplingOptions, row_generators, seed_prob
 from phi35.generation.speculation import SpeculationStatistics, SpeculativeSteps
 from phi35.generation.stopping import stop_problems, stop_strings
 from phi35.generation.streaming import TextStream
+from phi35.module_walk import set_evaluation
 from phi35.tokenizer import Tokenizer
 
 ROPE_MODES = ("reference", "pinned")
@@ -178,16 +179,17 @@ class Decoding:
         stop_ids = self.options.stop_token_ids
         self.stop_ids = frozenset(self.config.stop_token_ids if stop_ids is None else stop_ids)
         self._input_ids = input_ids.to(model.device)
-        keep = mask.to(model.device).bool()
+        # On the host, and read before the tower's work is queued, which any question to the device would wait for.
+        host_ids, keep = input_ids.cpu(), mask.cpu().bool()
         self.image_digests: list[bytes] = []
         embeds = self._embeds(model, pixel_values, image_sizes)
         image_id = None if self.config.vision is None else self.config.vision.image_token_id
         generators = row_generators(self.options.seed, len(input_ids))
         self.rows = []
         for index, generator in enumerate(generators):
-            ids = self._input_ids[index][keep[index]].tolist()
+            ids = host_ids[index][keep[index]].tolist()
             text = TextStream(tokenizer, self.options.stop) if tokenizer is not None and self.options.stop else None
-            row_embeds = None if embeds is None else embeds[index][keep[index]]
+            row_embeds = None if embeds is None else _kept(embeds[index], keep[index])
             seen = {token for token in ids if token >= 0 and token != image_id}
             self.rows.append(Row(index, ids, len(ids), row_embeds, generator, text, seen))
         self._active = list(self.rows)
@@ -195,8 +197,7 @@ class Decoding:
         draft = self.options.draft_model
         draft_embeds = None if draft is None else self._embeds(draft, pixel_values, image_sizes)
         self._draft_embeds = [
-            None if draft_embeds is None else draft_embeds[index][keep[index].to(draft_embeds.device)]
-            for index in range(len(self.rows))
+            None if draft_embeds is None else _kept(draft_embeds[index], keep[index]) for index in range(len(self.rows))
         ]
 
     @property
@@ -231,8 +232,8 @@ class Decoding:
         """Add one token to every unfinished row, or several where tokens were drafted: (row, token id) pairs."""
         training = self.model.training
         if training or self._steps is None:
-            # Not at every step: a walk over all modules costs as much as a captured step.
-            self.model.eval()
+            # Not at every step: even a short walk over all modules costs a part of a captured step.
+            set_evaluation(self.model)
         try:
             if self._steps is None:
                 self._steps = self._first_steps()
@@ -279,7 +280,7 @@ class Decoding:
         ids = self._input_ids.to(model.device)
         embeds = model.model.embed_tokens(ids.clamp(min=0))
         training = model.training
-        model.eval()
+        set_evaluation(model)
         try:
             pixels, embedding = pixel_values.to(embeds.device, embeds.dtype), model.model.vision_embed_tokens
             cache = model.image_feature_cache
@@ -289,7 +290,8 @@ class Decoding:
             self.image_digests = digests if model is self.model else self.image_digests
             return embedding(ids, embeds, image_features=features)
         finally:
-            model.train(training)
+            if training:
+                model.train()
 
     def _ended(self, row: Row) -> bool:
         return finish_reason(row, self.options, self.stop_ids, self.config.max_position_embeddings) is not None
@@ -326,6 +328,13 @@ class Decoding:
             problems += draft_problems(self.model, draft, pixel_values is not None)
         if problems:
             raise ValueError("cannot generate: " + "; ".join(problems))
+
+
+def _kept(embeds: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """(n, D) of the real tokens of embeddings (T, D), a view where they are a run; ``keep`` (T,) lies on the host."""
+    places = keep.nonzero().flatten()
+    start, end = int(places[0]), int(places[-1]) + 1
+    return embeds[start:end] if end - start == len(places) else embeds[places.to(embeds.device)]
 
 
 def _options(given: dict[str, Any]) -> DecodingOptions:

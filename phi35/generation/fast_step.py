@@ -19,6 +19,7 @@ from phi35.kernels import availability, reference
 from phi35.kernels.operands import Rope, StepState, norm_of
 from phi35.kernels.operations import BatchOperations, ModuleOperations, PlainOperations, VectorOperations
 from phi35.kernels.tuning import DEFAULT, StepTuning
+from phi35.module_walk import stored_tensors
 from phi35.norm import LayerNorm, RMSNorm
 from phi35.registry import resolve
 
@@ -189,8 +190,7 @@ def model_limit(model: Any, kv_cache_dtype: str | None = None) -> str | None:
     if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its activations are {model.dtype}"
     decoder = model.model
-    on_host = tuple(f"{name}." for name, module in model.named_modules() if waits_for_host(module))
-    devices = {tensor.device for name, tensor in model.state_dict().items() if not name.startswith(on_host)}
+    devices = {tensor.device for tensor in stored_tensors(model, stop=waits_for_host)}
     if len(devices) != 1:
         return f"its weights lie on {sorted(map(str, devices))}"
     if getattr(decoder, "sequence_parallel", None) is not None:
@@ -213,9 +213,10 @@ def waits_for_host(module: nn.Module) -> bool:
 
     No CUDA graph holds it; its weights may lie in host memory.
     """
-    return bool(getattr(module, "waits_for_host", False))
+    # Not by getattr: a module that lacks a name looks through its parameters and raises, some microseconds each.
+    return bool(vars(module).get("waits_for_host", getattr(type(module), "waits_for_host", False)))
 
 
 def fingerprint(model: Any) -> tuple[int, ...]:
     """Where the model's tensors lie."""
-    return tuple(tensor.data_ptr() for tensor in model.state_dict(keep_vars=True).values())
+    return tuple(tensor.data_ptr() for tensor in stored_tensors(model))
