@@ -95,6 +95,23 @@ class Experts(nn.Module):
         assert run is not None, "check_backend lets no backend without a function through"
         return run(hidden_states, expert_indices, expert_weights, self.gate_up_proj, self.down_proj, self.hidden_act)
 
+    def combine_choices(self, rows: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
+        """Each token's sum from what ``forward`` gives for its choices one by one, with weights of one.
+
+        By the kernel that ``forward`` adds with, so that the result is the same to the bit; MegaBlocks alone rounds
+        otherwise.
+
+        Args:
+            rows: (N, k, D).
+            expert_weights: (N, k).
+
+        Returns:
+            (N, D) in the dtype of ``rows``.
+        """
+        if self.backend_for(rows) == "triton":
+            return kernels_backend.combine_choices(rows, expert_weights)
+        return combine_in_order(rows, expert_weights, rows.dtype)
+
     def backend_for(self, hidden_states: torch.Tensor) -> str:
         """Name of the backend that runs these tokens; says once what "auto" picked."""
         if self.backend != "auto":
@@ -266,7 +283,12 @@ def combine(
     """
     num_tokens, top_k = expert_weights.shape
     in_order = _PermuteRows.apply(rows, inverse).view(num_tokens, top_k, rows.shape[-1])
-    wide = torch.promote_types(torch.promote_types(rows.dtype, expert_weights.dtype), torch.float32)
+    return combine_in_order(in_order, expert_weights, dtype)
+
+
+def combine_in_order(in_order: torch.Tensor, expert_weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``combine`` of rows (N, k, D) in the order of tokens and choices."""
+    wide = torch.promote_types(torch.promote_types(in_order.dtype, expert_weights.dtype), torch.float32)
     return (in_order.to(wide) * expert_weights.to(wide).unsqueeze(-1)).sum(dim=1).to(dtype)
 
 

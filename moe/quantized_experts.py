@@ -6,7 +6,8 @@ restored one at a time, so that no more than one expert's weights exist beside t
 
 import torch
 
-from moe.experts import ACTIVATIONS, combine, sort_by_expert
+from moe.experts import ACTIVATIONS, combine, combine_in_order, sort_by_expert
+from moe.kernels import backend as kernels_backend
 from phi35.quantization.codes import QuantizedTensor
 from phi35.quantization.config import WeightFormat
 from phi35.quantization.linear import kernels_take, quantized_linear
@@ -49,6 +50,12 @@ class QuantizedExperts(FewBitModule):
 
             return quantized.run_experts(*given, *weights, self.hidden_act)
         return loop(*given, *weights, self.hidden_act)
+
+    def combine_choices(self, rows: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
+        """As ``Experts.combine_choices``."""
+        if _kernels_take(rows, self.held("gate_up_proj")):
+            return kernels_backend.combine_choices(rows, expert_weights)
+        return combine_in_order(rows, expert_weights, rows.dtype)
 
 
 def _kernels_take(hidden_states: torch.Tensor, weight: QuantizedTensor) -> bool:

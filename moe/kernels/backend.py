@@ -78,6 +78,15 @@ def triton_kernels(
     return ops.experts_down(acted, gate_up, expert_weights, down_proj, plan, hidden_act)
 
 
+def combine_choices(rows: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
+    """Sum (N, D) of each token's rows (N, k, D) times weights (N, k), by the kernel that many tokens are added with."""
+    from moe.kernels.rows import combine_rows
+
+    num_tokens, top_k, width = rows.shape
+    places = torch.arange(num_tokens * top_k, dtype=torch.int32, device=rows.device)
+    return combine_rows(rows.reshape(-1, width), places, top_k, expert_weights, rows.dtype)
+
+
 @functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None

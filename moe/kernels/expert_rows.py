@@ -111,18 +111,7 @@ class TritonRows:
         """See ``RowProducts``."""
         if places.numel() == 0:
             return rows.new_empty(0, rows.shape[1])
-        nothing = places.new_empty(0)
-        plan = RoutingPlan(
-            places=places,
-            sources=nothing,
-            starts=nothing,
-            counts=nothing,
-            tile_starts=nothing,
-            tile_experts=nothing,
-            align=self.align,
-            buffer=nothing,
-        )
-        return row_passes.combine_rows(rows, plan, top_k, weights, rows.dtype)
+        return row_passes.combine_rows(rows, places, top_k, weights, rows.dtype)
 
     def forward(
         self,

@@ -115,7 +115,7 @@ def experts_up_backward(
     # The weights' gradient last: it is the largest, and the rows' gradient is freed by then.
     if input_wanted:
         rows_grad = rows_by_experts(gate_up_grad, gate_up_proj, plan, False, how.up_rows)
-        input_grad = rows.combine_rows(rows_grad, plan, top_k, None, gate_up_grad.dtype)
+        input_grad = rows.combine_rows(rows_grad, plan.places, top_k, None, gate_up_grad.dtype)
         del rows_grad
     if weights_wanted:
         weights_grad = torch.empty_like(gate_up_proj, memory_format=torch.contiguous_format)
@@ -166,7 +166,7 @@ def experts_down(
     how = tuning.choose(acted.dtype, acted.device, (hidden_size, width), hidden_act)
     plan = RoutingPlan.view(plan_buffer, expert_weights.numel(), num_experts, _ALIGN)
     mixed = rows_by_experts(acted, down_proj, plan, True, how.down)
-    return rows.combine_rows(mixed, plan, expert_weights.shape[1], expert_weights, acted.dtype)
+    return rows.combine_rows(mixed, plan.places, expert_weights.shape[1], expert_weights, acted.dtype)
 
 
 @experts_down.register_fake

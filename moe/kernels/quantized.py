@@ -164,7 +164,7 @@ def many(
         **constants(down_proj, config.tile_depth),
         **shape,
     )
-    return row_passes.combine_rows(mixed, plan, top_k, expert_weights, hidden_states.dtype)
+    return row_passes.combine_rows(mixed, plan.places, top_k, expert_weights, hidden_states.dtype)
 
 
 @triton.jit

@@ -42,17 +42,20 @@ def gather_rows(values: torch.Tensor, plan: RoutingPlan, top_k: int) -> torch.Te
 
 
 def combine_rows(
-    rows: torch.Tensor, plan: RoutingPlan, top_k: int, expert_weights: torch.Tensor | None, dtype: torch.dtype
+    rows: torch.Tensor, places: torch.Tensor, top_k: int, expert_weights: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Add each token's k rows of (P, D), times (N, k) weights where given; returns (N, D) of ``dtype``."""
+    """Add each token's k rows of (P, D), times (N, k) weights where given; returns (N, D) of ``dtype``.
+
+    ``places`` (N k,) says where the row of (token, choice) lies; products and sums are fused where the device can.
+    """
     width = rows.shape[1]
-    num_tokens = plan.places.shape[0] // top_k
+    num_tokens = places.shape[0] // top_k
     out = torch.empty((num_tokens, width), dtype=dtype, device=rows.device)
     chunk = min(2 * _CHUNK, triton.next_power_of_2(width))
     _combine_kernel[(num_tokens, triton.cdiv(width, chunk))](
         rows,
         out,
-        plan.places,
+        places,
         rows if expert_weights is None else expert_weights.contiguous(),
         width,
         TOP_K=top_k,

@@ -68,6 +68,10 @@ def test_weights_at_odd_addresses_give_the_same_bits(report: dict[str, Any]) -> 
     assert report["other"]["odd_address"] == 0
 
 
+def test_choices_that_ran_one_by_one_are_added_to_the_same_bits(report: dict[str, Any]) -> None:
+    assert report["other"]["combined"] == 0
+
+
 @pytest.mark.parametrize("case", ["sharp", "flat", "negative", "two"])
 def test_sparsemixers_fused_choice_is_the_plain_one(report: dict[str, Any], case: str) -> None:
     """The same experts from the same noise, and the gradient of the published rule."""

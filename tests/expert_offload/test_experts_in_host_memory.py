@@ -211,6 +211,14 @@ def test_dtypes_follow_and_copies_of_a_model_begin_empty() -> None:
     assert torch.equal(half(random_ids(1, 5)).logits, expected(random_ids(1, 5)).logits)
 
 
+def test_new_weights_take_the_place_of_those_on_the_device() -> None:
+    model, ids = offloaded(NUM_EXPERTS), random_ids(2, 9)
+    old = model(ids).logits
+    other = phi35.create(config(), seed=1)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(ids).logits, other(ids).logits) and not torch.equal(model(ids).logits, old)
+
+
 def test_what_cannot_be_had_is_refused() -> None:
     one = expert_bytes(in_place())
     with pytest.raises(ValueError, match=r"room for 5 experts, and each of 3 layers needs 2 .* at least"):

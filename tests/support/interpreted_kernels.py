@@ -16,7 +16,7 @@ import torch.utils.checkpoint
 from moe import router
 from moe.experts import loop
 from moe.kernels import decode, ops, routing
-from moe.kernels.backend import triton_kernels
+from moe.kernels.backend import combine_choices, triton_kernels
 
 # tokens, k, experts, hidden, ffn, activation, dtype; hidden 40 and ffn 72 end inside a tile.
 CASES: dict[str, tuple[int, int, int, int, int, str, torch.dtype]] = {
@@ -116,6 +116,10 @@ def frozen_and_compiled() -> dict[str, float]:
     with torch.no_grad():
         limit, decode.MAX_TOKENS = decode.MAX_TOKENS, 0
         odd = triton_kernels(values[0], indices, values[1], *flat, act)
+        # Each choice run by itself, all added afterwards.
+        ones = torch.ones_like(values[1][:, :1])
+        parts = [triton_kernels(values[0], one, ones, *values[2:], act) for one in indices.split(1, dim=1)]
+        combined = combine_choices(torch.stack(parts, dim=1), values[1])
         decode.MAX_TOKENS = limit
     # A layer that is computed again in backward gives the same gradients.
     kept = [value.detach().clone().requires_grad_() for value in values]
@@ -134,6 +138,7 @@ def frozen_and_compiled() -> dict[str, float]:
         "empty": zeros,
         "checkpointed": moved,
         "odd_address": float((odd - out).detach().abs().max()),
+        "combined": float((combined - out).detach().abs().max()),
         "compiled": float((again - out).abs().max()),
         "compiled_grad": float((again_grad - grad).abs().max()),
     }
