@@ -16,7 +16,7 @@
 
 #define BLOCK 128
 #define LEVELS 32639.0f /* the largest whose high byte, rounded, is a signed one */
-#define ROWS_AT_ONCE 4
+#define ROWS_AT_ONCE 8
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, UINT8 = 3 };
 enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
@@ -325,20 +325,15 @@ static int32_t narrow_product(
 static int32_t wide_product(
     const Weight *w, const void *input, const void *bias, void *out, int64_t tokens, int32_t kind, int32_t threads) {
     Planes p;
-    p.unit_columns = UNIT * 8 / w->bits;
-    p.units = (w->columns + p.unit_columns - 1) / p.unit_columns;
-    p.unit_bytes = 2 * p.unit_columns;
-    size_t held = (size_t)(tokens * p.units), room = (size_t)(w->groups + LANES);
-    p.bytes = malloc(held * (size_t)p.unit_bytes);
-    p.sums = malloc(held * LANES * sizeof(int32_t));
-    p.scales = malloc(held * sizeof(float));
-    int32_t failed = !p.bytes || !p.sums || !p.scales;
+    void *memory = malloc(size_planes(w, &p, tokens));
+    int32_t failed = !memory;
+    place_planes(&p, tokens, memory);
     if (!failed) {
         for (int64_t token = 0; token < tokens; token++) prepare_planes(w, &p, token, input, kind);
         int64_t tasks = (w->rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
         {
-            float *scratch = calloc(2 * ROWS_AT_ONCE * room, sizeof(float));
+            float *scratch = malloc(sizeof(float) * (size_t)(ROWS_AT_ONCE * p.room));
             failed = !scratch;
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < tasks; task++) {
@@ -353,9 +348,7 @@ static int32_t wide_product(
             free(scratch);
         }
     }
-    free(p.bytes);
-    free(p.sums);
-    free(p.scales);
+    free(memory);
     return failed;
 }
 #endif
