@@ -108,7 +108,10 @@ def test_padding_is_seen_by_padding_alone():
 @pytest.mark.parametrize("key_block", [16, 64])
 def test_flex_attentions_blocks_hold_what_is_seen(first, length, num_keys, key_block):
     """Blocks called whole are seen by every query in them, blocks left out by none, and the rest asks the rule."""
-    mask = block_sparse.flex_mask(SMALL, (0, 4), first, length, num_keys, CPU, key_block)
+    blocks = block_sparse.flex_blocks(
+        SMALL, (0, 4), first, length, num_keys, CPU, gradients=True, key_block=key_block, options={}
+    )
+    mask = blocks.mask
     exact = plan_sequence(SMALL, (0, 4), first, length, num_keys, CPU).mask[0]
     assert mask.shape == (1, 4, length, num_keys)
     rows, columns = -(-length // 128), -(-num_keys // key_block)
@@ -149,7 +152,7 @@ def test_flex_attention_gives_what_the_exact_mask_gives():
     keys, values = torch.randn(2, 1, 2, 200, 16, generator=generator)
     plan = plan_sequence(SMALL, (0, 4), 70, 130, 200, CPU)
     expected = attend_block_sparse(queries, keys, values, plan, scale=0.3)
-    mask = block_sparse.flex_mask(SMALL, (0, 4), 70, 130, 200, CPU, 64)
+    mask = block_sparse.flex_blocks(SMALL, (0, 4), 70, 130, 200, CPU, gradients=True, key_block=64, options={}).mask
     with pytest.warns(UserWarning, match="without torch.compile"):
         found = flex_attention(queries, keys, values, block_mask=mask, scale=0.3, enable_gqa=True)
     # 2e-7 measured.
