@@ -5,7 +5,8 @@ where that is wrong or narrow: features follow their tag's number, tags may repe
 different numbers of images, and only real crops run through the tower.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -16,6 +17,7 @@ from vision.image_transform import num_image_tokens, tile_grid
 from vision.placement import count_images, place_features
 from vision.projector import ImageProjection, end_rows, join_tiles, merge_patches
 from vision.tower import ClipVisionTower
+from vision.tower_graphs import TowerGraphs
 
 
 class VisionEmbedding(nn.Module):
@@ -43,6 +45,8 @@ class VisionEmbedding(nn.Module):
         self.img_projection = ImageProjection(config)
         self.img_processor = ClipVisionTower(config.vision)
         self.run_tower_always: bool | None = None
+        self._graphs = TowerGraphs()
+        self._from_graphs = False
 
     @property
     def unused_parameter_names(self) -> tuple[str, ...]:
@@ -127,6 +131,15 @@ class VisionEmbedding(nn.Module):
         grids = self._grids(image_sizes, pixel_values)
         return list(self._features(pixel_values, grids).split(self._num_tokens(grids)))
 
+    @contextlib.contextmanager
+    def tower_from_graphs(self, wanted: bool = True) -> Iterator[None]:
+        """Within it the tower runs from CUDA graphs where ``vision.tower_graphs`` can; no gradients come from them."""
+        before, self._from_graphs = self._from_graphs, wanted
+        try:
+            yield
+        finally:
+            self._from_graphs = before
+
     def crops_per_image(self, image_sizes: Tensor | Sequence[Sequence[int]] | None, pixel_values: Tensor) -> list[int]:
         """How many of the crops (C, 3, S, S) are each image's.
 
@@ -171,7 +184,9 @@ class VisionEmbedding(nn.Module):
             torch.tensor([first_crop[image] for image in images], device=pixel_values.device)
             for images in by_grid.values()
         ]
-        merged = merge_patches(self.img_processor(pixel_values))
+        graphs = self._from_graphs and not torch.is_grad_enabled()
+        patches = self._graphs(self.img_processor, pixel_values) if graphs else self.img_processor(pixel_values)
+        merged = merge_patches(patches)
         pieces = [
             self._sequences(merged, grid, first).flatten(0, 1) for grid, first in zip(by_grid, starts, strict=True)
         ]
