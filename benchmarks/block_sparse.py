@@ -33,7 +33,7 @@ import moe_layer  # noqa: E402
 
 import phi35  # noqa: E402
 from phi35 import block_sparse, flex_kernels, presets  # noqa: E402
-from phi35.block_sparse import BlockPattern, attend_block_sparse, block_pattern, plan_sequence  # noqa: E402
+from phi35.block_sparse import BlockPattern, BlockSparsePlan, attend_block_sparse, block_pattern, plan_sequence  # noqa: E402
 from phi35.generation.fast_prefill import Prompt, prefill  # noqa: E402
 from phi35.generation.fast_step import DecodeStep  # noqa: E402
 from phi35.parameter_count import count_parameters  # noqa: E402
@@ -162,7 +162,7 @@ def checks(pattern: BlockPattern, device: torch.device) -> list[dict[str, Any]]:
         plan = plan_sequence(pattern, (0, HEADS), first, length, num_keys, device)
         queries = torch.arange(first, num_keys, device=device)[None]
         keys = torch.arange(num_keys, device=device)[None]
-        exact = block_sparse.BlockSparsePlan(pattern=pattern, queries=queries, keys=keys, heads=(0, HEADS))
+        exact = BlockSparsePlan(pattern=pattern, queries=queries, keys=keys, heads=(0, HEADS))
         results = []
         for use, kind in ((plan, dtype), (exact, torch.float32)):
             tensors = [tensor.to(kind).requires_grad_() for tensor in given]
@@ -189,11 +189,12 @@ def time_attention(
     """Milliseconds of one layer's attention, sparse and dense."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tensors = [tensor.requires_grad_(gradients) for tensor in draw(length, length, device, dtype)]
-    began = time.perf_counter()
-    with torch.set_grad_enabled(gradients):
-        plan = plan_sequence(pattern, (0, HEADS), 0, length, length, device)
-    synchronise(device)
-    planned = time.perf_counter() - began
+
+    def make() -> BlockSparsePlan:
+        with torch.set_grad_enabled(gradients):
+            return plan_sequence(pattern, (0, HEADS), 0, length, length, device)
+
+    planned, plan = timed(make, device, rounds), make()
 
     def run(attend: Callable[[], torch.Tensor]) -> None:
         with torch.set_grad_enabled(gradients):
