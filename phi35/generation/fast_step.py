@@ -70,6 +70,7 @@ class DecodeStep:
         self.logits = torch.zeros(batch, self.config.vocab_size, dtype=torch.float32, device=device)
         self.rope = Rope(*model.model.rope.tables(device))
         self.operations = self._operations(tuning, pdl, plain)
+        self.operations.follow(model.model)
         self._pattern = block_pattern(self.config)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._weights = fingerprint(model)
