@@ -12,12 +12,13 @@ blocks that nobody sees. Blocks count from a sequence's first token, wherever pa
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from phi35.config import ModelConfig
-from phi35.flex_kernels import FlexBlocks, attend_flex
+from phi35.flex_kernels import BLOCK_TENSORS, FlexBlocks, attend_flex
 from phi35.packed_attention import PackedRows
 
 MASK_ELEMENTS = 2**26
@@ -267,14 +268,12 @@ def flex_blocks(
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return pattern.sees(h + head, q + place, k)
 
-    mask = BlockMask.from_kv_blocks(
-        *_ordered(seen & ~whole),
-        *_ordered(whole),
-        BLOCK_SIZE=(FLEX_QUERY_BLOCK, key_block),
-        mask_mod=mask_mod,
-        seq_lengths=(num_queries, num_keys),
-        compute_q_blocks=gradients,
-    )
+    partly = seen & ~whole
+    lengths, sizes = (num_queries, num_keys), (FLEX_QUERY_BLOCK, key_block)
+    by_keys = (*_ordered(partly.mT), *_ordered(whole.mT)) if gradients else (None,) * 4
+    blocks = *_ordered(partly), *_ordered(whole), *by_keys
+    held: dict[str, Any] = dict(zip(BLOCK_TENSORS, blocks, strict=True))
+    mask = BlockMask(seq_lengths=lengths, BLOCK_SIZE=sizes, mask_mod=mask_mod, **held)
     return FlexBlocks(mask=mask, pattern=pattern, place=place, head=head, options=tuple(sorted(options.items())))
 
 
@@ -294,7 +293,7 @@ def _remainder(numbers: torch.Tensor, divisor: int) -> torch.Tensor:
 
 
 def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many blocks of keys each block of queries takes (1, H, rows) and which, those first (1, H, rows, columns)."""
+    """How many columns each row takes (1, H, rows) and which, those first (1, H, rows, columns)."""
     counts = blocks.sum(dim=-1, dtype=torch.int32)
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return counts[None].contiguous(), order[None].contiguous()

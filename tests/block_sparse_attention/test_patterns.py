@@ -3,6 +3,7 @@
 import phi_3_small_reference as reference
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from phi35 import block_sparse, presets
 from phi35.block_sparse import PADDED, BlockPattern, attend_block_sparse, block_pattern, plan_places, plan_sequence
@@ -140,6 +141,14 @@ def test_flex_attentions_blocks_hold_what_is_seen(first, length, num_keys, key_b
                     assert part.any()
     heads, queries, keys = torch.arange(4)[:, None, None], torch.arange(length)[:, None], torch.arange(num_keys)
     assert torch.equal(mask.mask_mod(torch.tensor(0), heads, queries, keys), exact)
+    # What gradients read: which queries take a block of keys. As torch turns it round.
+    turned = BlockMask.from_kv_blocks(
+        mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices, mask.BLOCK_SIZE
+    )
+    for kind in ("q", "full_q"):
+        counts, order = getattr(mask, f"{kind}_num_blocks"), getattr(mask, f"{kind}_indices")
+        assert torch.equal(counts, getattr(turned, f"{kind}_num_blocks"))
+        assert torch.equal(order, getattr(turned, f"{kind}_indices"))
     if first == 0 and length > 128 and key_block == 16:
         assert kinds["whole"] and len(kinds["partial"]) + len(kinds["whole"]) < 4 * rows * columns * 0.6
 
