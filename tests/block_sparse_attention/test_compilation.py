@@ -1,5 +1,6 @@
 """FlexAttention's kernels are compiled once for each way of calling them, and never left out in silence."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -84,14 +85,27 @@ def test_modes_and_patterns_have_kernels_of_their_own(count):
 
 
 def test_kernels_for_one_length(count):
-    import dataclasses
-
     pattern = BlockPattern(block_size=16, num_local_blocks=2, vert_stride=4, head_step=1)
     for length in (200, 300, 200, 300):
         blocks = flex_blocks(pattern, (0, HEADS), 0, length, length, CPU, gradients=False)
         blocks = dataclasses.replace(blocks, fixed_lengths=True)
         flex_kernels.attend_flex(*draw(1, length, length, "contiguous"), blocks, 0.3)
     assert count.frame_count == 2
+
+
+def test_within_a_model_that_is_compiled_as_a_whole(count):
+    pattern = BlockPattern(block_size=16, num_local_blocks=2, vert_stride=4, head_step=1)
+    blocks = flex_blocks(pattern, (0, HEADS), 70, 200, 270, CPU, gradients=False)
+    tensors = draw(1, 200, 270, "projected")
+
+    def layer(queries, keys, values):
+        return flex_kernels.attend_flex(queries * 2, keys, values, blocks, 0.3) + 1
+
+    found = torch.compile(layer, fullgraph=True, dynamic=False)(*tensors)
+    plan = plan_sequence(pattern, (0, HEADS), 70, 200, 270, CPU)
+    expected = attend_block_sparse(tensors[0] * 2, *tensors[1:], plan, 0.3) + 1
+    torch.testing.assert_close(found, expected, atol=5e-6, rtol=0)
+    assert count.frame_count == 1 and flex_kernels.compiled.cache_info().currsize == 0
 
 
 def test_running_uncompiled_is_an_error(count):
