@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from phi35.config import ModelConfig
 from vision.image_transform import num_image_tokens, tile_grid
-from vision.placement import count_images, place_features
+from vision.placement import Placement, count_images, place_features
 from vision.projector import ImageProjection, end_rows, join_tiles, merge_patches
 from vision.tower import ClipVisionTower
 from vision.tower_graphs import TowerGraphs
@@ -70,6 +70,7 @@ class VisionEmbedding(nn.Module):
         image_sizes: Tensor | Sequence[Sequence[int]] | None = None,
         image_features: Sequence[Tensor] | None = None,
         num_images: list[int] | None = None,
+        placement: Placement | None = None,
     ) -> Tensor:
         """Token embeddings with the images' features in the places of their tags.
 
@@ -82,6 +83,7 @@ class VisionEmbedding(nn.Module):
             image_features: features (tokens_i, D) of all images in place of ``pixel_values``, as ``features``
                 returns them.
             num_images: images of each row, where the tags do not tell (see ``vision.placement``).
+            placement: of these ids and images, as ``place`` gives it; None finds it.
 
         Returns:
             (B, T, D), a new tensor where images came, differentiable in all of tower, separators and projection.
@@ -106,7 +108,8 @@ class VisionEmbedding(nn.Module):
             return inputs_embeds + self._nothing().to(inputs_embeds.dtype) if always else inputs_embeds
         num_tokens = self._num_tokens(grids) if image_features is None else [len(each) for each in image_features]
         # Before the tower's work is queued: whatever reads the ids on the host would wait for it to end.
-        placement = place_features(input_ids, num_tokens, self.config.image_token_id, num_images)
+        if placement is None:
+            placement = place_features(input_ids, num_tokens, self.config.image_token_id, num_images)
         if image_features is None:
             assert pixel_values is not None
             features = self._features(pixel_values, grids)
@@ -130,6 +133,19 @@ class VisionEmbedding(nn.Module):
         """
         grids = self._grids(image_sizes, pixel_values)
         return list(self._features(pixel_values, grids).split(self._num_tokens(grids)))
+
+    def place(
+        self, input_ids: Tensor, pixel_values: Tensor, image_sizes: Tensor | Sequence[Sequence[int]] | None
+    ) -> Placement:
+        """Where the features of images go, for callers that must ask before the tower's work is queued.
+
+        Arguments are those of ``forward``.
+
+        Raises:
+            ValueError: if placeholders, images, sizes and crops do not match.
+        """
+        grids = self._grids(image_sizes, pixel_values)
+        return place_features(input_ids, self._num_tokens(grids), self.config.image_token_id)
 
     @contextlib.contextmanager
     def tower_from_graphs(self, wanted: bool = True) -> Iterator[None]:

@@ -287,9 +287,10 @@ class Decoding:
             with embedding.tower_from_graphs(self.options.fast is not False):
                 if cache is None or training:
                     return embedding(ids, embeds, pixels, image_sizes)
+                placement = embedding.place(ids, pixels, image_sizes)  # reads ids, which would wait for the tower
                 features, digests = cache.features(embedding, pixels, image_sizes)
             self.image_digests = digests if model is self.model else self.image_digests
-            return embedding(ids, embeds, image_features=features)
+            return embedding(ids, embeds, image_features=features, placement=placement)
         finally:
             if training:
                 model.train()
