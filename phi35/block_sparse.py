@@ -93,6 +93,7 @@ class BlockSparsePlan:
         heads: numbers of the first head that this process attends with and of the one after its last.
         mask: (B or 1, H, T, n) bool, where it is small enough to be kept.
         flex: the blocks that FlexAttention works through; where it serves.
+        first: place of the first query, where ``flex`` serves.
     """
 
     pattern: BlockPattern
@@ -101,6 +102,15 @@ class BlockSparsePlan:
     heads: tuple[int, int]
     mask: torch.Tensor | None = None
     flex: FlexBlocks | None = None
+    first: int = 0
+
+    def to(self, device: torch.device) -> "BlockSparsePlan":
+        """The same on another device."""
+        if self.flex is not None:
+            sizes = self.queries.shape[1], self.keys.shape[1]
+            return plan_sequence(self.pattern, self.heads, self.first, *sizes, device)
+        mask = None if self.mask is None else self.mask.to(device)
+        return dataclasses.replace(self, queries=self.queries.to(device), keys=self.keys.to(device), mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +124,11 @@ class PackedPlan:
 
     rows: PackedRows
     plans: Mapping[int, BlockSparsePlan]
+
+    def to(self, device: torch.device) -> "PackedPlan":
+        """The same on another device."""
+        plans = {length: plan.to(device) for length, plan in self.plans.items()}
+        return PackedPlan(rows=self.rows.to(device), plans=plans)
 
 
 def block_pattern(config: ModelConfig) -> BlockPattern | None:
@@ -148,7 +163,7 @@ def plan_sequence(
     if device.type == "cuda" and num_queries >= FLEX_QUERY_BLOCK and 128 % pattern.block_size == 0:
         gradients = torch.is_grad_enabled()
         flex = flex_blocks(pattern, heads, first, num_queries, num_keys, device, gradients=gradients)
-        return dataclasses.replace(plan, flex=flex)
+        return dataclasses.replace(plan, flex=flex, first=first)
     return _with_mask(plan)
 
 

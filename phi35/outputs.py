@@ -1,5 +1,6 @@
 """What the layers and the model return."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,11 @@ class RouterOutput:
     expert_indices: torch.Tensor
     expert_weights: torch.Tensor
     expert_gradient_weights: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "RouterOutput":
+        """The same on another device."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return RouterOutput(**{name: None if value is None else value.to(device) for name, value in values.items()})
 
 
 @dataclass

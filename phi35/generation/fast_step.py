@@ -188,6 +188,8 @@ def limit(model: Any, kv_cache_dtype: str | None = None) -> str | None:
 
 def model_limit(model: Any, kv_cache_dtype: str | None = None) -> str | None:
     """Why no device could take a model's step by kernels, or None."""
+    if getattr(model, "spread", None) is not None:
+        return "its parts are spread over devices"
     if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its activations are {model.dtype}"
     decoder = model.model
