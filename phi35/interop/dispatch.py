@@ -50,7 +50,9 @@ def load_spread(
     weights = StoredWeights(folder, causal_lm.config)
     state = causal_lm.state_dict()
     check_dtypes(match_headers(weights.plan, weights.stored, folder), weights.stored, state)
-    written = _written(weights, state, places) if offload_folder is None else []
+    kept = set() if offload_buffers else {name for name, _ in causal_lm.named_buffers()}
+    on_disk = [name for name in weights.plan.shapes if name not in kept and places.place(PREFIX + name) == "disk"]
+    written = [name for name in on_disk if weights.verbatim(name) is None] if offload_folder is None else []
     if written:
         raise ValueError(
             f"{written[0]} and {len(written) - 1} more wait on disk and are stored otherwise in the checkpoint: give "
@@ -58,16 +60,16 @@ def load_spread(
         )
     index: DiskIndex = {}
     for name in weights.plan.shapes:
-        target = state[name]
-        if places.place(PREFIX + name) == "disk":
-            index[PREFIX + name] = _on_disk(weights, name, target.dtype, offload_folder)
+        dtype, full = state[name].dtype, PREFIX + name
+        if name in on_disk:
+            index[full] = _on_disk(weights, name, dtype, offload_folder)
         else:
-            tensor = weights.tensor(name).to(device=device_of(places.place(PREFIX + name)), dtype=target.dtype)
-            _install(causal_lm, name, tensor)
+            device = places.computes_on(full) if name in kept else device_of(places.place(full))
+            install(causal_lm, name, weights.tensor(name).to(device=device, dtype=dtype))
     for name, buffer in list(causal_lm.named_buffers()):
         if name not in state and buffer.is_meta:
             assert buffer.numel() == 0, f"{name} follows from nothing"
-            _install(causal_lm, name, torch.empty_like(buffer, device=places.computes_on(PREFIX + name)))
+            install(causal_lm, name, torch.empty_like(buffer, device=places.computes_on(PREFIX + name)))
     causal_lm.tie_weights()
     if causal_lm.config.tie_word_embeddings and PREFIX + TIED[1] in index:
         index[PREFIX + TIED[0]] = index[PREFIX + TIED[1]]
@@ -98,6 +100,20 @@ def spread(model: Any, places: PlacementMap, index: DiskIndex | None = None, off
             for layer in range(len(causal_lm.model.layers))
         ),
     )
+
+
+def install(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, which may be on the meta device."""
+    parent, _, leaf = name.rpartition(".")
+    module = root.get_submodule(parent)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+        return
+    old = module._parameters[leaf]
+    assert old is not None
+    new = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
+    module._parameters[leaf] = new
 
 
 def spread_weights(causal_lm: CausalLM) -> dict[str, Writable]:
@@ -134,12 +150,6 @@ def check_target(causal_lm: CausalLM, target: Path) -> None:
             return
 
 
-def _written(weights: StoredWeights, state: Mapping[str, torch.Tensor], places: PlacementMap) -> list[str]:
-    """Names of tensors that wait on disk and cannot be read from the checkpoint as they are."""
-    on_disk = [name for name in weights.plan.shapes if places.place(PREFIX + name) == "disk"]
-    return [name for name in on_disk if weights.verbatim(name) is None]
-
-
 def _on_disk(weights: StoredWeights, name: str, dtype: torch.dtype, folder: str | Path | None) -> dict[str, str]:
     kind = str(dtype).removeprefix("torch.")
     stored = weights.verbatim(name)
@@ -151,19 +161,6 @@ def _on_disk(weights: StoredWeights, name: str, dtype: torch.dtype, folder: str 
     file.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(file, {name: weights.tensor(name).to(dtype)}, metadata={"format": "pt"})
     return {"safetensors_file": str(file), "weight_name": name, "dtype": kind}
-
-
-def _install(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module = root.get_submodule(parent)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-        return
-    old = module._parameters[leaf]
-    assert old is not None
-    new = nn.Parameter(tensor, requires_grad=old.requires_grad)
-    vars(new).update(vars(old))
-    module._parameters[leaf] = new
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ def resolve_map(
     embedding = _place_of_embedding(places)
     main = embedding if embedding in gpus else next(iter(gpus), "cpu")
     found = PlacementMap(places, main)
-    _check_together(model, found)
+    check_together(model, found)
     return found
 
 
@@ -175,7 +175,7 @@ def _place_of_embedding(places: Mapping[str, Place]) -> Place:
     return found.place("causal_lm.model.embed_tokens.weight")
 
 
-def _check_together(model: nn.Module, found: PlacementMap) -> None:
+def check_together(model: nn.Module, found: PlacementMap) -> None:
     tensors = list(model.state_dict())
     for name, module in model.named_modules():
         if type(module).__name__ in NO_SPLIT:
