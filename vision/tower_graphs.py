@@ -136,4 +136,6 @@ def module_problem(tower: nn.Module) -> str | None:
             return f"{type(module).__name__} of {type(module).__module__} may hold switches"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{type(module).__name__} has hooks"
+        if "forward" in vars(module):  # as accelerate hooks have it, which may bring the weights at every run
+            return f"{type(module).__name__} has a forward of its own"
     return None
