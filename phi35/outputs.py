@@ -1,6 +1,5 @@
 """What the layers and the model return."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,8 +28,8 @@ class RouterOutput:
 
     def to(self, device: torch.device) -> "RouterOutput":
         """The same on another device."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return RouterOutput(**{name: None if value is None else value.to(device) for name, value in values.items()})
+        held = {name: value for name, value in vars(self).items() if value is not None}
+        return RouterOutput(**{name: value.to(device) for name, value in held.items()})
 
 
 @dataclass
