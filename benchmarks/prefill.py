@@ -41,6 +41,8 @@ from phi35.training.flops import attention_pairs  # noqa: E402
 
 LONG, WARM_UP = 32768, 1024
 """Prompts beyond ``LONG`` tokens run once, after a chunk and ``WARM_UP`` more tokens."""
+HEADS = ((32, 32, 96), (32, 8, 128))
+"""Heads of queries and keys, and their width: phi-3.5-mini, phi-3.5-moe."""
 
 
 def main() -> None:
@@ -69,7 +71,8 @@ def main() -> None:
     names = SMALL if arguments.small else PRESETS
     if arguments.over_cache:
         for total in (300,) if arguments.small else (16384, 65536, 131072):
-            attempt(record, f"over {total}", lambda n=total: over_cache(n, min(8192, n // 2), device, dtype))  # type: ignore[misc]
+            for shape in HEADS:
+                attempt(record, f"{shape} over {total}", lambda n=total, s=shape: over_cache(n, s, device, dtype))  # type: ignore[misc]
     for model in [] if arguments.over_cache else arguments.models:
         run(record, arguments, model, names[model], device)
     record["dense_tflops_after"] = moe_layer.dense_rate(size, device, dtype, 15)
@@ -169,20 +172,22 @@ def ours(model: Any, ids: list[int], chunk: int, rounds: int, device: torch.devi
     return statistics.median(times)
 
 
-def over_cache(total: int, chunk: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """A chunk of phi-3.5-mini's queries over so many keys: the corner triangle beside two parts, in milliseconds."""
+def over_cache(total: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """A chunk of one layer's queries over so many keys: the corner triangle beside two parts, in milliseconds."""
     generator = torch.Generator(device).manual_seed(0)
-    heads, head_dim = 32, 96
+    chunk, (heads, num_kv, head_dim) = min(8192, total // 2), shape
     queries = torch.randn(1, heads, chunk, head_dim, device=device, dtype=dtype, generator=generator)
     keys, values = (
-        torch.randn(1, heads, total, head_dim, device=device, dtype=dtype, generator=generator) for _ in "kv"
+        torch.randn(1, num_kv, total, head_dim, device=device, dtype=dtype, generator=generator) for _ in "kv"
     )
     corner = causal_lower_right(chunk, total)
     ways = {
-        "corner": lambda: F.scaled_dot_product_attention(queries, keys, values, attn_mask=corner),
+        "corner": lambda: F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=corner, enable_gqa=heads != num_kv
+        ),
         "two_parts": lambda: attend_in_two(queries, keys, values),
     }
-    row: dict[str, Any] = {"over_cache": total, "chunk": chunk}
+    row: dict[str, Any] = {"over_cache": total, "chunk": chunk, "heads": heads, "num_kv": num_kv, "head_dim": head_dim}
     results = {}
     for name, way in ways.items():
         times = []
