@@ -37,13 +37,14 @@ from phi35.quantization.kernels.shapes import FewBitShapes, WordConfig  # noqa: 
 
 MIB = 2**20
 FIELDS: dict[str, list[Any]] = {
-    "qkv": [(8, 4, 4), (8, 2, 2), (32, 4, 4), (32, 8, 8), (8, 4, 2), (16, 4, 2), (16, 2, 1)],
-    "gate_up": [(32, 8, 8), (16, 8, 8), (16, 8, 4), (16, 4, 2), (32, 4, 4), (16, 2, 1)],
-    "long_add": [(8, 8, 4), (8, 4, 2), (16, 8, 2), (16, 8, 4), (8, 4, 1), (8, 8, 1)],
-    "short_add": [(8, 4, 1), (16, 2, 1), (16, 4, 1)],
-    "ahead_bytes": [8 * MIB, 16 * MIB, 24 * MIB],
+    "qkv": [(8, 4, 4), (8, 2, 2), (32, 8, 8), (16, 4, 4, 128), (16, 4, 2), (16, 2, 1)],
+    "gate_up": [(32, 8, 8), (16, 8, 8), (16, 4, 4, 128), (16, 8, 4), (16, 4, 2), (16, 2, 1)],
+    "long_add": [(8, 8, 4), (8, 4, 2), (16, 8, 2), (16, 8, 4), (8, 4, 1), (8, 8, 2, 80)],
+    "short_add": [(8, 4, 2), (8, 8, 4), (8, 2, 2), (16, 4, 4), (8, 4, 1)],
+    "ahead_bytes": [8 * MIB, 20 * MIB],
+    "attention": [False],
 }
-"""Candidates of each field: rows, warps and groups of a program, or bytes."""
+"""Candidates of each field: rows, warps, groups and registers of a program; bytes; whether."""
 
 
 def candidates() -> dict[str, FewBitShapes]:
@@ -51,7 +52,7 @@ def candidates() -> dict[str, FewBitShapes]:
     found = {"unprepared": FewBitShapes(prepares=False), "default": FewBitShapes()}
     for field, values in FIELDS.items():
         for value in values:
-            change: dict[str, Any] = {field: value if isinstance(value, int) else WordConfig(*value)}
+            change: dict[str, Any] = {field: WordConfig(*value) if isinstance(value, tuple) else value}
             found[f"{field} {value}"] = replace(FewBitShapes(), **change)
     return found
 

@@ -118,7 +118,7 @@ def step_case(
     small |= {"head_dim": 16, "vocab_size": 96, "stop_token_ids": (90,), "eos_token_id": 90, "pad_token_id": 90}
     model = phi35.create(name, seed=0, initializer_range=0.2, quantization=quantization, **(small | changes))
     ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
-    caches = [model.new_cache(1, 32) for _ in range(2)]
+    caches = [model.new_cache(1, 64) for _ in range(2)]
     tokens = [model(ids, past_key_values=cache).logits[:, -1].argmax(dim=-1) for cache in caches][0]
     one = AttentionConfig(block=16, num_warps=1)
     tuning = StepTuning(one=one, grouped=one)

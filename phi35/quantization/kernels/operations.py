@@ -69,6 +69,21 @@ class FewBitOperations(VectorOperations):
         inputs = (hidden, norm, weight, linear.bias, rope, state.lengths, state.rope_long)
         kernels.project_qkv(*inputs, query, cache, config, self.pdl, source)
 
+    def attend(
+        self,
+        query: torch.Tensor,
+        cache: LayerCache,
+        state: StepState,
+        out: torch.Tensor,
+        following: tuple[Any, Any],
+    ) -> None:
+        """See ``PlainOperations``."""
+        target = None
+        if self.shapes.attention and self.attention_config.splits > 1:
+            target = self._target(following[0], None, query.shape[1], cache.head_dim)
+        options = (self.scratch, self.window, self.attention_config, self.pdl, self._ahead(*following), target)
+        self._attention.attend(query, cache, state.lengths, out, *options)
+
     def project_add(self, vector: torch.Tensor, linear: Any, hidden: torch.Tensor) -> None:
         """See ``PlainOperations``."""
         weight, source = few_bits(linear), self._take(linear)
@@ -107,15 +122,17 @@ class FewBitOperations(VectorOperations):
         """hidden += the feed-forward of the normed source."""
         weight, left = mlp.gate_up_proj.held(), self._take(mlp.gate_up_proj)
         acted = self._acted.setdefault(weight.shape[0], source.new_empty(1, weight.shape[0] // 2))
-        config = self._config(self.shapes.gate_up, weight, left)
+        config = self._config(self.shapes.gate_up, weight, left, gated=True)
         target = self._target(mlp.down_proj, None, weight.shape[0] // 2, config.rows // 2)
         kernels.project_gate_up(source, norm, weight, acted, self.hidden_act, config, self.pdl, left, target)
         self.project_add(acted, mlp.down_proj, hidden)
 
-    def _config(self, given: WordConfig | None, weight: QuantizedTensor, source: Prepared | None) -> WordConfig:
+    def _config(
+        self, given: WordConfig | None, weight: QuantizedTensor, source: Prepared | None, gated: bool = False
+    ) -> WordConfig:
         """The shape that was asked for, unless it needs a prepared vector where there is none."""
         if given is None or (source is None and given.groups > 1):
-            return choose(weight, source is not None)
+            return choose(weight, source is not None, gated)
         return given
 
     def _target(self, reader: Any, norm: Norm | None, width: int, rows: int) -> Prepared | None:

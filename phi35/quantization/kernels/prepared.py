@@ -162,12 +162,14 @@ def leave_vector(  # type: ignore[no-untyped-def]
     part,
     width,
     ROWS: tl.constexpr,
+    REAL: tl.constexpr,
     KIND: tl.constexpr,
     NORM: tl.constexpr,
 ):
     """Leave values (ROWS,) float32, columns ``first`` on of ``width``, for codes of KIND; with NORM times ``norms``.
 
-    ``first`` and ROWS are multiples of eight. ``part`` numbers the program, for its sum of squares.
+    ``first``, ROWS and REAL, the rows that there are, are multiples of eight. ``part`` numbers the program, for its sum
+    of squares.
     """
     spans: tl.constexpr = ROWS // _SPAN
     place = tl.arange(0, _SPAN)[None, :]
@@ -190,9 +192,12 @@ def leave_vector(  # type: ignore[no-untyped-def]
     else:
         byte = (half * 2 + place // 4) * 8 + place % 4
     at = prepared.to(tl.pointer_type(tl.int8), bitcast=True) + column // 16 * 32 + byte
-    tl.store(at, low.to(tl.int8))
-    tl.store(at + 4, high.to(tl.int8))
-    span = first + tl.arange(0, spans) * _SPAN
+    real = (column - first) < REAL
+    tl.store(at, low.to(tl.int8), mask=real)
+    tl.store(at + 4, high.to(tl.int8), mask=real)
+    span = tl.arange(0, spans) * _SPAN
+    real_span = span < REAL
+    span += first
     end = prepared + width // 2 + span // 16 * 4 + span // _SPAN % 2
-    tl.store(end, tl.sum((low << 16) >> 16, axis=1))
-    tl.store(end + 2, (largest / LEVELS).to(tl.int32, bitcast=True))
+    tl.store(end, tl.sum((low << 16) >> 16, axis=1), mask=real_span)
+    tl.store(end + 2, (largest / LEVELS).to(tl.int32, bitcast=True), mask=real_span)

@@ -14,11 +14,13 @@ class WordConfig:
         num_warps: warps of a program.
         groups: of warps; those of a group share each row, 16 columns a lane and load. More than one only where the
             vector comes prepared: each group takes all of it.
+        registers: that a lane may take at most; None for as many as the compiler likes.
     """
 
     rows: int = 4
     num_warps: int = 4
     groups: int = 1
+    registers: int | None = None
 
     def __post_init__(self) -> None:
         assert self.rows // self.groups in (1, 2, 4, 8, 16), "sums of rows are joined pair by pair"
@@ -39,6 +41,7 @@ class FewBitShapes:
         short_add: residual products over vectors of at most 4,096 (o_proj).
         long_add: the others (down_proj).
         gate_up: gate and up product.
+        attention: whether attention leaves its result so, too.
         prepares: whether a kernel leaves its result as integers for the next one, where that can read them.
         ahead_bytes: gate and up codes that attention brings into the second-level cache.
     """
@@ -47,6 +50,7 @@ class FewBitShapes:
     short_add: WordConfig | None = None
     long_add: WordConfig | None = None
     gate_up: WordConfig | None = None
+    attention: bool = True
     prepares: bool = True
     ahead_bytes: int = 0
 
@@ -61,14 +65,17 @@ SPAN = 8
 """Values of a vector left by a kernel that share a scale; rows of a program that leaves one are a multiple of it."""
 
 
-def choose(weight: QuantizedTensor, prepared: bool = False) -> WordConfig:
+def choose(weight: QuantizedTensor, prepared: bool = False, gated: bool = False) -> WordConfig:
     """The shape of a program for a weight: the fewest instructions a weight, among those with programs enough.
 
-    Of a ``prepared`` vector nothing is worth sharing: many warps with few rows each hide each other's latency.
+    Of a ``prepared`` vector nothing is worth sharing: many warps with few rows each hide each other's latency. A
+    ``gated`` product makes one value of two rows, and leaves eight.
     """
     num_rows, width = weight.shape[-2:]
     if prepared:
-        return PREPARED_NARROW if width <= 4096 else PREPARED_WIDE
+        many_rows = gated or num_rows >= PROGRAMS * PREPARED_MANY.rows
+        narrow = PREPARED_MANY if many_rows else PREPARED_FEW
+        return narrow if width <= 4096 else PREPARED_WIDE
     fitting = [config for config in SHAPES if held_words(config, weight) <= HELD_WORDS]
     many = [config for config in fitting if num_rows >= PROGRAMS * config.rows]
     return min(many or fitting, key=lambda config: _instructions(config, width))
@@ -98,5 +105,5 @@ def _instructions(config: WordConfig, width: int) -> float:
 SHAPES = tuple(WordConfig(rows, num_warps) for num_warps in (2, 4, 8) for rows in (1, 2, 4, 8, 16))
 """Shapes that are thought of where programs prepare the vector."""
 
-PREPARED_NARROW, PREPARED_WIDE = WordConfig(16, 4, 4), WordConfig(8, 8, 2)
-"""Shapes for prepared vectors of at most 4,096 values, and of more."""
+PREPARED_MANY, PREPARED_FEW, PREPARED_WIDE = WordConfig(16, 4, 4), WordConfig(8, 4, 4), WordConfig(8, 8, 2)
+"""Shapes for prepared vectors: of at most 4,096 values, with many rows and with few, and of more values."""

@@ -98,7 +98,7 @@ def project_qkv(
         PAGE=cache.page_size,
         **reading(source, weight.codes),
         **constants(weight, config),
-        **launch_options(config.num_warps, pdl),
+        **launch_options(config.num_warps, pdl, config.registers),
     )
 
 
@@ -137,7 +137,7 @@ def project(
         **reading(source, weight.codes),
         **leaving(target, weight.codes),
         **constants(weight, config),
-        **launch_options(config.num_warps, pdl),
+        **launch_options(config.num_warps, pdl, config.registers),
     )
 
 
@@ -173,7 +173,7 @@ def project_gate_up(
         **reading(source, weight.codes),
         **leaving(target, weight.codes),
         **constants(weight, config),
-        **launch_options(config.num_warps, pdl),
+        **launch_options(config.num_warps, pdl, config.registers),
     )
 
 
@@ -336,7 +336,16 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     if LEFT != "none":
         tl.static_assert(EVEN)
         leave_vector(
-            left, rounded.to(tl.float32), next_norms, first, tl.program_id(0), num_rows, all_rows, LEFT, LEFT_NORM
+            left,
+            rounded.to(tl.float32),
+            next_norms,
+            first,
+            tl.program_id(0),
+            num_rows,
+            all_rows,
+            all_rows,
+            LEFT,
+            LEFT_NORM,
         )
 
 
@@ -399,4 +408,6 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
         tl.store(acted + rows, value, mask=rows < half)
     else:
         tl.static_assert(EVEN)
-        leave_vector(left, value.to(tl.float32), next_norms, first, tl.program_id(0), half, all_rows, LEFT, LEFT_NORM)
+        leave_vector(
+            left, value.to(tl.float32), next_norms, first, tl.program_id(0), half, all_rows, all_rows, LEFT, LEFT_NORM
+        )
