@@ -5,9 +5,7 @@ the rate of large products. A number of crops is captured when it comes the seco
 where they lie and gives the same bits as the modules that it was captured from.
 """
 
-import collections
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,23 +15,14 @@ from phi35.module_walk import stored_tensors, walk
 
 MOST_CROPS = 17
 """A picture of 16 tiles; with more crops the device is busy longer than the host launches."""
-KEPT_GRAPHS = 6
-"""Numbers of crops whose graphs are kept, the latest used."""
 KNOWN = ("torch.nn.", "timm.", "vision.", "phi35.norm", "phi35.quantization.")
 """Where modules come from whose results depend on weights and inputs alone; adapters have switches."""
 
 
-@dataclass
-class _Graph:
-    """A captured run: ``pixels`` are read, ``features`` written."""
-
-    graph: torch.cuda.CUDAGraph
-    pixels: torch.Tensor
-    features: torch.Tensor
-
-
 class TowerGraphs:
     """Graphs of one tower by number of crops; copies and pickles hold none.
+
+    All graphs read and write the same two buffers and share the memory between them, some 250 MiB for phi-3.5-vision.
 
     Attributes:
         num_replays: runs that came from a graph.
@@ -41,7 +30,9 @@ class TowerGraphs:
 
     def __init__(self) -> None:
         self.num_replays = 0
-        self._graphs: collections.OrderedDict[int, _Graph] = collections.OrderedDict()
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pixels: torch.Tensor | None = None
+        self._features: torch.Tensor | None = None
         self._seen: set[int] = set()
         self._weights: tuple[int, ...] = ()
         self._pool: Any = None
@@ -58,7 +49,7 @@ class TowerGraphs:
         return len(self._graphs)
 
     @torch.no_grad()
-    def __call__(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    def __call__(self, tower: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         """What ``tower(pixel_values)`` returns, from a graph where there is one or it is time for one.
 
         Args:
@@ -77,38 +68,39 @@ class TowerGraphs:
                 if count not in self._seen:
                     self._seen.add(count)
                     return tower(pixel_values)
-                self._capture(tower, pixel_values)
-            self._graphs.move_to_end(count)
-            captured = self._graphs[count]
-            captured.pixels.copy_(pixel_values)
-            captured.graph.replay()
+                self._capture(tower, count)
+            assert self._pixels is not None and self._features is not None
+            self._pixels[:count].copy_(pixel_values)
+            self._graphs[count].replay()
             self.num_replays += 1
             # Cloned: the next run writes over it.
-            return captured.features.clone()
+            return self._features[:count].clone()
 
     def clear(self) -> None:
         """Forget all graphs, and which numbers of crops came."""
         self._graphs.clear()
         self._seen.clear()
-        self._pool = None
+        self._pool = self._pixels = self._features = None
 
-    def _capture(self, tower: nn.Module, pixel_values: torch.Tensor) -> None:
+    def _capture(self, tower: Any, count: int) -> None:
         """Capture one number of crops; its plain run before has chosen and compiled all kernels."""
-        pixels = pixel_values.to(next(tower.parameters()).dtype, copy=True)
-        stream = torch.cuda.Stream(pixels.device)
-        stream.wait_stream(torch.cuda.current_stream(pixels.device))
+        if self._pixels is None or self._features is None:
+            weight, side = tower.patch_embed.proj.weight, tower.patch_embed.img_size
+            self._pixels = weight.new_zeros(MOST_CROPS, 3, *side)
+            self._features = weight.new_zeros(MOST_CROPS, tower.patch_embed.num_patches, tower.embed_dim)
+        device = self._pixels.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            tower(pixels)
-        torch.cuda.current_stream(pixels.device).wait_stream(stream)
-        torch.cuda.synchronize(pixels.device)
+            tower(self._pixels[:count])
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            features = tower(pixels)
+            self._features[:count].copy_(tower(self._pixels[:count]))
         self._pool = graph.pool()
-        self._graphs[len(pixels)] = _Graph(graph, pixels, features)
-        while len(self._graphs) > KEPT_GRAPHS:
-            self._graphs.popitem(last=False)
+        self._graphs[count] = graph
 
 
 def problem(tower: nn.Module, pixel_values: torch.Tensor) -> str | None:

@@ -9,7 +9,7 @@ from images import random_crops, randomise, small_config
 from torch import nn
 
 from phi35.model import CausalLM
-from vision.tower_graphs import KEPT_GRAPHS, MOST_CROPS, TowerGraphs, module_problem, problem
+from vision.tower_graphs import MOST_CROPS, TowerGraphs, module_problem, problem
 
 CONFIG = small_config()
 
@@ -71,14 +71,14 @@ def test_copies_and_pickles_hold_no_graphs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_graphs_give_the_bits_of_the_modules(dtype: torch.dtype) -> None:
-    """Many numbers of crops in turn, more than are kept; then moved weights, and weights written in place."""
+    """Many numbers of crops in turn; then moved weights, and weights written in place."""
     model = small_model().to("cuda", dtype)
     tower, graphs = model.model.vision_embed_tokens.img_processor, TowerGraphs()
     expected = {count: tower(crops(count, count).to("cuda", dtype)) for count in range(1, MOST_CROPS + 2)}
     for turn in range(3):
         for count, features in expected.items():
             assert torch.equal(graphs(tower, crops(count, count).to("cuda", dtype)), features), (turn, count)
-    assert len(graphs) == KEPT_GRAPHS and graphs.num_replays == 2 * MOST_CROPS
+    assert len(graphs) == MOST_CROPS and graphs.num_replays == 2 * MOST_CROPS
     tower.norm_pre.weight.mul_(1.5)
     changed = tower(crops(MOST_CROPS).to("cuda", dtype))
     assert torch.equal(graphs(tower, crops(MOST_CROPS).to("cuda", dtype)), changed)
