@@ -16,7 +16,6 @@ from phi35.activation_checkpointing import checkpoint_layer
 from phi35.attention import Attention, AttentionPlan, plan_attention
 from phi35.cache import KVCache
 from phi35.config import ModelConfig
-from phi35.device import Spread
 from phi35.jitter import Jitter
 from phi35.language_model_head import build_head, loss_from_logits, losses_from_logits, shift_labels
 from phi35.norm import RMSNorm, build_norm
@@ -43,13 +42,10 @@ class CausalLM(nn.Module):
         image_feature_cache: where ``generate`` and the batcher keep features of pictures by content
             (``phi35.image_cache.ImageFeatureCache``); None keeps none. ``phi35.generate`` gives one to models that it
             loads, the batcher to the one that it serves.
-        spread: where the parts compute, of a model that ``phi35.interop`` has put on several devices; None: all of
-            them where their weights are.
     """
 
     processor: Any = None
     image_feature_cache: Any = None
-    spread: Spread | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -83,9 +79,7 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong: device of the decoder's final norm, or of the embedding where the parts are spread."""
-        if self.spread is not None:
-            return self.spread.inputs
+        """Device of the decoder's final norm, where inputs belong."""
         return self.model.norm.get_parameter("weight").device
 
     @property
@@ -166,10 +160,8 @@ class CausalLM(nn.Module):
         logits: torch.Tensor | None = None
         if return_logits:
             logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
-            if self.spread is not None:
-                logits = logits.to(self.spread.inputs)
         if targets is not None:
-            targets = targets.to(hidden_states.device if logits is None else logits.device)
+            targets = targets.to(hidden_states.device)
             if targets.shape != hidden_states.shape[:2]:
                 expected = tuple(hidden_states.shape[:2])
                 raise ValueError(f"targets must be {expected} like the inputs, got {tuple(targets.shape)}")
@@ -192,8 +184,7 @@ class CausalLM(nn.Module):
 
         ``kv_cache_dtype`` "int8" or "fp8" stores keys and values in eight bits, None in the model's dtype.
         """
-        layers = None if self.spread is None else self.spread.layers
-        return KVCache(self.config, batch_size, max_length, self.device, self.dtype, kv_cache_dtype, layers)
+        return KVCache(self.config, batch_size, max_length, self.device, self.dtype, kv_cache_dtype)
 
     def image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[torch.Tensor]:
         """Features (tokens_i, D) of each image, as they enter the decoder.
@@ -203,12 +194,10 @@ class CausalLM(nn.Module):
             image_sizes: (N, 2) heights and widths after padding.
 
         Raises:
-            ValueError: for a text-only model, and one that is spread over devices.
+            ValueError: for a text-only model.
         """
         if self.model.vision_embed_tokens is None:
             raise ValueError("this model is text-only and has no image features: its config has no vision part")
-        if self.spread is not None:
-            raise ValueError("image features alone need a model on one device: give pixel_values to the model itself")
         return self.model.vision_embed_tokens.features(pixel_values, image_sizes)
 
     def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -364,6 +353,11 @@ class Decoder(nn.Module):
             self.sequence_parallel,
             padding_side,
         )
+        if cache is not None and self.config.quantization is not None and hidden_states.device.type == "cpu":
+            decoded = resolve("phi35.quantization.cpu.step:decode")(self, hidden_states, plan, cache)
+            if decoded is not None:
+                self._record(plan, cache)
+                return decoded, ()
         router_outputs = []
         for layer in self.layers:
             if self.gradient_checkpointing in (True, "reentrant") and self.training:
@@ -373,10 +367,16 @@ class Decoder(nn.Module):
                 hidden_states, routing = layer(hidden_states, plan, cache)
             if routing is not None:
                 router_outputs.append(routing)
-        if cache is not None and plan.lengths is not None:
+        if cache is not None:
+            self._record(plan, cache)
+        return self.norm(hidden_states), tuple(router_outputs)
+
+    @staticmethod
+    def _record(plan: AttentionPlan, cache: KVCache) -> None:
+        """What the cache holds after a pass."""
+        if plan.lengths is not None:
             cache.lengths, cache.uniform_length = plan.lengths, plan.uniform_length
             cache.num_slots = plan.stored_slots
-        return self.norm(hidden_states), tuple(router_outputs)
 
     def _embed(
         self,
@@ -394,8 +394,7 @@ class Decoder(nn.Module):
         # One cached token is an answer's, never an image's; looking for placeholders would cost a synchronisation.
         if cached and input_ids.shape[1] == 1 and pixel_values is None and input_ids.device.type != "cpu":
             return inputs_embeds
-        embeds: torch.Tensor = self.vision_embed_tokens(input_ids, inputs_embeds, pixel_values, image_sizes)
-        return embeds.to(inputs_embeds.device)  # the tower may lie on another
+        return self.vision_embed_tokens(input_ids, inputs_embeds, pixel_values, image_sizes)
 
 
 class DecoderLayer(nn.Module):

@@ -4,6 +4,7 @@ The kernel runs on torch's own OpenMP threads. Where there is no compiler the pl
 ``phi35.quantization.linear`` takes over, and says so once.
 """
 
+import array
 import ctypes
 import functools
 import hashlib
@@ -21,7 +22,7 @@ from phi35.quantization.codes import QuantizedTensor
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("product.c")
-PARTS = (SOURCE, SOURCE.with_name("product_avx512.h"))
+PARTS = (SOURCE, SOURCE.with_name("product_avx512.h"), SOURCE.with_name("step_avx512.h"))
 FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp")
 MAX_TOKENS = 32
 """Rows of activations up to which the kernel is taken: beyond, restoring blocks for torch's product is faster."""
@@ -30,8 +31,8 @@ FEW_TOKENS = 4
 """Rows up to which a bfloat16 weight is multiplied here: one after the other, as memory allows."""
 
 VARIANTS = ("portable", "avx2", "avx512")
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
-_SCALE_KINDS = {torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+SCALE_KINDS = {torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
 def missing() -> str | None:
@@ -41,7 +42,7 @@ def missing() -> str | None:
 
 def takes(dtype: torch.dtype, weight: QuantizedTensor) -> bool:
     """Whether the library knows activations of this dtype and these codes, and can run."""
-    known = weight.format.type == "int" and weight.codes.device.type == "cpu" and dtype in _KINDS
+    known = weight.format.type == "int" and weight.codes.device.type == "cpu" and dtype in KINDS
     return known and not torch.compiler.is_compiling() and missing() is None
 
 
@@ -69,7 +70,7 @@ def product(
         rows,
         columns,
         *held.numbers,
-        _KINDS[hidden_states.dtype],
+        KINDS[hidden_states.dtype],
         torch.get_num_threads(),
         _variant(variant),
     )
@@ -117,7 +118,7 @@ def restore(
         stop - start,
         columns,
         *held.numbers,
-        _KINDS[dtype],
+        KINDS[dtype],
         torch.get_num_threads(),
         _variant(variant),
     )
@@ -131,7 +132,13 @@ class _Held:
         names = ("codes", "scale", "row_scale", "zero_point")
         self._tensors = [None if (held := getattr(weight, name)) is None else held.contiguous() for name in names]
         self.pointers = [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]
-        self.numbers = (weight.scale.shape[-1], weight.format.bits, _SCALE_KINDS[weight.scale.dtype])
+        self.numbers = (weight.scale.shape[-1], weight.format.bits, SCALE_KINDS[weight.scale.dtype])
+
+
+def step(numbers: "array.array[int]", eps: float, scale: float) -> None:
+    """A decoding step by its numbers and addresses, in the order of ``Step`` in ``step_avx512.h``."""
+    if _library().phi35_step(numbers.buffer_info()[0], eps, scale):
+        raise MemoryError("no memory for the buffers of a decoding step")
 
 
 def _checked(out: torch.Tensor, failed: int) -> torch.Tensor:
@@ -203,5 +210,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.phi35_restore.argtypes = [pointer] * 5 + [size] * 4 + [number] * 5
     library.phi35_bfloat16_product.argtypes = [pointer] * 4 + [size] * 3 + [number]
     library.phi35_product.restype = library.phi35_restore.restype = library.phi35_bfloat16_product.restype = number
+    library.phi35_step.argtypes, library.phi35_step.restype = [pointer, ctypes.c_float, ctypes.c_float], number
     library.phi35_variant.argtypes, library.phi35_variant.restype = [], number
     return library

@@ -270,6 +270,9 @@ int32_t phi35_variant(void) {
     return PORTABLE;
 }
 
+/* Tasks that a thread takes at once: few enough that one held up by other work does not hold up all. */
+static inline int64_t chunk_of(int64_t tasks, int64_t threads) { return tasks / (threads * 8) + 1; }
+
 /* Scaled, biased sums of count rows as numbers of kind. */
 static void put(
     const float *sums, const float *row_scale, const void *bias, void *out, int64_t row, int count, int64_t offset,
@@ -335,7 +338,7 @@ static int32_t wide_product(
         {
             float *scratch = malloc(sizeof(float) * (size_t)(ROWS_AT_ONCE * p.room));
             failed = !scratch;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, chunk_of(tasks, threads))
             for (int64_t task = 0; task < tasks; task++) {
                 int64_t row = task * ROWS_AT_ONCE;
                 int count = w->rows - row < ROWS_AT_ONCE ? (int)(w->rows - row) : ROWS_AT_ONCE;
@@ -377,7 +380,7 @@ int32_t phi35_bfloat16_product(
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t i = 0; i < columns; i++)
             wide[token * stride + i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = widen(input[token * columns + i]);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk_of(tasks, threads))
     for (int64_t task = 0; task < tasks; task++) {
         int64_t row = task * ROWS_AT_ONCE;
         int count = rows - row < ROWS_AT_ONCE ? (int)(rows - row) : ROWS_AT_ONCE;
@@ -390,6 +393,24 @@ int32_t phi35_bfloat16_product(
     free(wide);
     return 0;
 #else
+    return 2;
+#endif
+}
+
+#ifdef X86
+#include "step_avx512.h"
+#endif
+
+/* A decoding step of all layers; numbers: a Step, whose fields are all of 64 bits. Returns 0; 1 where memory is lacking,
+ * 2 where the processor lacks AVX-512. */
+int32_t phi35_step(const int64_t *numbers, float eps, float scale) {
+#ifdef X86
+    Step step;
+    if (phi35_variant() != AVX512) return 2;
+    memcpy(&step, numbers, sizeof step);
+    return decode_step(&step, eps, scale);
+#else
+    (void)numbers, (void)eps, (void)scale;
     return 2;
 #endif
 }

@@ -136,6 +136,16 @@ TARGET_AVX512 static __attribute__((noinline)) __m512 slot_scales(const Weight *
     const int32_t *zeros = w->zeros ? w->zeros + (row >> (w->bits == 4 ? 3 : 2)) * w->groups : NULL;
     const __m128i down = _mm_cvtsi32_si128((int32_t)(row & (per_word - 1)) * w->bits);
     __m512 off = _mm512_setzero_ps(), zero = _mm512_set1_ps((float)(1 << (w->bits - 1)));
+    if (w->scale_kind == BFLOAT16 && !zeros && !p->shift) { /* the usual form, in half the time */
+        for (int64_t slot = 0; slot < p->room; slot += LANES) {
+            const int64_t at = token * p->room + slot;
+            const __m512 given = load_values(w->scale, row * w->groups + slot, lanes_of(w->groups - slot), BFLOAT16);
+            const __m512 scale = _mm512_mul_ps(given, _mm512_loadu_ps(p->scales + at));
+            _mm512_storeu_ps(slots + slot, scale);
+            off = _mm512_fmadd_ps(scale, _mm512_loadu_ps(p->sums + at), off);
+        }
+        return _mm512_mul_ps(off, zero);
+    }
     for (int64_t slot = 0; slot < p->room; slot += LANES) {
         const int64_t group = slot >> p->shift, at = token * p->room + slot;
         __m512 scale = load_scales(w, row, group);
