@@ -28,6 +28,7 @@ from full_moe import peak, reset, show, wait  # noqa: E402
 from train_step_cases import Case, draw_batch, small  # noqa: E402
 
 import phi35  # noqa: E402
+from moe import low_rank  # noqa: E402
 from phi35.adapters.config import AdapterConfig  # noqa: E402
 from phi35.adapters.inject import active_parameters, add_adapter, is_adapter  # noqa: E402
 from phi35.quantization.config import QuantizationConfig, WeightFormat  # noqa: E402
@@ -76,6 +77,7 @@ def main() -> None:
     record["build"] = {"seconds": time.perf_counter() - started, "trained_parameters": trained, "gib": peak(device)}
     if "experts" in arguments.targets:
         record["check"] = check_experts(model, device)
+        record["experts"] = time_experts(model, case, device)
     engine = None
     for rows in arguments.rows:
         if engine is None:
@@ -85,7 +87,7 @@ def main() -> None:
         print_row(name, record[name])
     if arguments.profile and engine is not None:
         profile(engine, case, arguments.rows[-1])
-    for name in ("build", "check"):
+    for name in ("build", "check", "experts"):
         if name in record:
             print_row(name, record[name])
     if arguments.output is not None:
@@ -128,6 +130,31 @@ def check_experts(model: Any, device: torch.device) -> dict[str, Any]:
     for weight in second:
         weight.zero_()
     return {"relative_error": float((got - total).abs().max() / total.abs().max())}
+
+
+def time_experts(model: Any, case: Case, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of one layer's adapted experts, forward and backward: as they run, and by torch's products."""
+    wrapper = model.model.layers[0].mlp.experts
+    num_experts, hidden_size = model.config.num_local_experts, model.config.hidden_size
+    draw = torch.Generator(device).manual_seed(6)
+    tokens = case.rows * case.length
+    hidden = torch.randn(tokens, hidden_size, generator=draw, device=device, dtype=model.dtype).requires_grad_()
+    indices = torch.rand(tokens, num_experts, generator=draw, device=device).topk(2, dim=1).indices
+    weights = torch.rand(tokens, 2, generator=draw, device=device).requires_grad_()
+    kernels, result = low_rank.adapted_experts, {}
+    for name, run in (("milliseconds", kernels), ("torch_milliseconds", low_rank.with_torch)):
+        low_rank.adapted_experts = run  # the wrapper looks it up at each call
+        seconds = []
+        for _ in range(8):
+            wait(device)
+            started = time.perf_counter()
+            wrapper(hidden, indices, weights).sum().backward()
+            wait(device)
+            seconds.append(time.perf_counter() - started)
+        result[name] = 1e3 * sorted(seconds[2:])[3]
+    low_rank.adapted_experts = kernels
+    model.zero_grad(set_to_none=True)
+    return {"tokens": tokens, **result}
 
 
 def held(experts: Any, name: str, expert: int) -> torch.Tensor:

@@ -6,9 +6,10 @@
     python benchmarks/moe_on_80gb.py --small                  # a tiny model: shows that it runs, on a CPU too
 
 Random weights, one row, a prompt of 512 tokens and 64 new ones, sampled at temperature 1, so that experts change from
-token to token; the second run counts. Part "check" compares four layers in place and offloaded, bit by bit; part
-"load" writes four layers to disk in bfloat16 and loads them in four bits. Each part runs in a process of its own, so
-that the peaks of host memory are its own. Prints a table and, last, one JSON line.
+token to token; the second run counts. Part "check" compares four layers in place and offloaded, bit by bit, and says
+what differs first; part "load" writes four layers to disk in bfloat16 and loads them in four bits. Each part runs in a
+process of its own, so that the peaks of host memory are its own, and tells every few seconds how far it is. Prints a
+table and, last, one JSON line.
 """
 
 import argparse
@@ -17,8 +18,11 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +32,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import moe_layer  # noqa: E402
+import offload_check  # noqa: E402
 
 import phi35  # noqa: E402
 from phi35.generation import step_pool  # noqa: E402
 from phi35.generation.decoding import Decoding  # noqa: E402
 
 PARTS = ("int4", "int8", "bf16", "check", "load")
+STARTED = time.perf_counter()
 PRESET, SMALL = "phi-3.5-moe", "tiny-phi-3.5-moe"
 
 
@@ -72,11 +78,18 @@ def apart(part: str, budget: str, arguments: argparse.Namespace) -> list[dict[st
     command += ["--new-tokens", str(arguments.new_tokens)] + ["--small"] * arguments.small
     command += ["--budgets", budget] * bool(budget)
     started = time.perf_counter()
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        print(f"{part} {budget}: FAILED\n{result.stderr[-2000:]}", flush=True)
-        return [{"part": part, "budget": budget, "error": result.stderr[-2000:]}]
-    rows: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
+    told = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stdout is not None
+        for line in process.stderr:  # what it prints at its end fits a pipe
+            print(line, end="", file=sys.stderr, flush=True)
+            told.append(line)
+        printed = process.stdout.read()
+    if process.returncode:
+        error = f"exit {process.returncode}: {''.join(told)[-2000:]}"
+        print(f"{part} {budget}: FAILED, {error}", flush=True)
+        return [{"part": part, "budget": budget, "error": error}]
+    rows: list[dict[str, Any]] = json.loads(printed.splitlines()[-1])
     for row in rows:
         shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
         print("  ".join(shown), flush=True)
@@ -96,8 +109,9 @@ def run_part(part: str, arguments: argparse.Namespace, device: torch.device) -> 
     else:
         options["quantization"] = few_bits(part, arguments.small)
     started = time.perf_counter()
-    model = phi35.create(SMALL if arguments.small else PRESET, device=device, dtype="bfloat16", seed=0, **options)
-    wait(device)
+    with progress("building", device):
+        model = phi35.create(SMALL if arguments.small else PRESET, device=device, dtype="bfloat16", seed=0, **options)
+        wait(device)
     built = {"part": part, "budget": options.get("expert_memory"), "build_s": time.perf_counter() - started}
     if part != "bf16":
         return [built | generate(model, arguments, device) | memory(device)]
@@ -105,7 +119,12 @@ def run_part(part: str, arguments: argparse.Namespace, device: torch.device) -> 
     for ahead in (True, False):
         for layer in model.model.layers:
             layer.mlp.experts.guess_ahead = ahead
+        say(f"guess_ahead={ahead}: generating", device)
         rows.append(built | {"guess_ahead": ahead} | generate(model, arguments, device) | memory(device))
+        say(
+            ", ".join(f"{name} {rows[-1][name]:.3g}" for name in ("tokens_per_s", "gb_per_token", "copy_gb_per_s")),
+            device,
+        )
     return rows
 
 
@@ -154,50 +173,19 @@ def generate(model: Any, arguments: argparse.Namespace, device: torch.device) ->
     return found
 
 
-@torch.no_grad()
 def check(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Four layers in place and with 6 places of 16 each: outputs of their experts, logits, greedy text.
-
-    Differences of logits are the largest, over the logits' standard deviation: a rounding that sends a token to another
-    expert shows there as a large one. What layers give to the same tokens and choices tells whether they are exact.
-    """
+    """Four layers in place and with 6 places of 16 each (see ``offload_check``)."""
     preset, changes = (SMALL, {}) if arguments.small else (PRESET, {"num_hidden_layers": 4})
     plain = phi35.create(preset, device=device, dtype="bfloat16", seed=0, **changes)
     one = sum(tensor[0].nbytes for tensor in plain.model.layers[0].mlp.experts.parameters())
     places = 3 if arguments.small else 6
     budget = places * one * plain.config.num_hidden_layers
+    say("in place; now offloaded", device)
     model = phi35.create(preset, device=device, dtype="bfloat16", seed=0, expert_memory=budget, **changes)
-    ids = torch.randint(5, 1000, (1, arguments.prompt), device=device)
-    row: dict[str, Any] = {"part": "check", "places": places} | compare_layers(plain, model, device)
-    caches = [one.new_cache(1) for one in (plain, model)]
-    for name, start, stop in (("prompt", 0, -16), *((f"step {step}", step, step + 1) for step in range(-16, -1))):
-        both = [
-            one(ids[:, start:stop], past_key_values=cache, logits_to_keep=1).logits.float()
-            for one, cache in zip((plain, model), caches, strict=True)
-        ]
-        kind = name.split()[0]
-        error = float((both[0] - both[1]).abs().max() / both[0].std())
-        row[f"{kind}_difference"] = max(error, row.get(f"{kind}_difference", 0.0))
-    options = {"max_new_tokens": arguments.new_tokens, "stop_token_ids": ()}
-    texts = [one.generate(ids, fast=False, **options)[0, ids.shape[1] :].tolist() for one in (plain, model)]
-    row["same_greedy_tokens"] = sum(a == b for a, b in zip(*texts, strict=True)) / arguments.new_tokens
+    say("created", device)
+    row = {"part": "check", "places": places}
+    row |= offload_check.check(plain, model, arguments.prompt, min(15, arguments.prompt - 1), arguments.new_tokens)
     return row | memory(device)
-
-
-def compare_layers(plain: Any, model: Any, device: torch.device) -> dict[str, Any]:
-    """Share of numbers that differ between a layer's experts in place and offloaded, by number of tokens."""
-    found: dict[str, Any] = {}
-    for tokens in (1, 40, 500):
-        wrong, count = 0, 0
-        for layer, other in zip(plain.model.layers, model.model.layers, strict=True):
-            experts = layer.mlp.experts
-            inputs = torch.randn(tokens, plain.config.hidden_size, device=device, dtype=plain.dtype)
-            chosen = torch.rand(tokens, experts.num_experts, device=device).topk(2, dim=1).indices
-            weights = torch.rand(tokens, 2, device=device)
-            both = [one(inputs, chosen, weights) for one in (experts, other.mlp.experts)]
-            wrong, count = wrong + int((both[0] != both[1]).sum()), count + both[0].numel()
-        found[f"layers_differ_{tokens}"] = wrong / count
-    return found
 
 
 def load(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -230,6 +218,33 @@ def memory(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["device_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found
+
+
+@contextmanager
+def progress(what: str, device: torch.device) -> Iterator[None]:
+    """Say every ten seconds how long it has taken and what the host holds."""
+    done = threading.Event()
+
+    def tell() -> None:
+        while not done.wait(10):
+            say(what, device)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        say(f"{what}: done", device)
+
+
+def say(what: str, device: torch.device) -> None:
+    """A line to standard error: seconds since the start, memory in use."""
+    statm = Path("/proc/self/statm")
+    used = f"{int(statm.read_text().split()[1]) * resource.getpagesize() / 2**30:.1f}" if statm.exists() else "?"
+    there = f", device {torch.cuda.memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+    print(f"  {time.perf_counter() - STARTED:6.1f} s, host {used} GiB{there}: {what}", file=sys.stderr, flush=True)
 
 
 def wait(device: torch.device) -> None:

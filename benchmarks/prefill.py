@@ -2,6 +2,7 @@
 
     python benchmarks/prefill.py                    # the table of docs/inference.md
     python benchmarks/prefill.py --parts            # and where the time of one prompt goes
+    python benchmarks/prefill.py --over-cache       # a chunk's attention over a long cache alone
 
 bfloat16, random weights drawn on the device, one prompt of random tokens, warm. Operations are counted as usual, twice
 the active parameters times the tokens and no attention; "needed" leaves out the embedding, and the head but for the
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,11 +35,14 @@ from phi35 import presets  # noqa: E402
 from phi35.config import ModelConfig  # noqa: E402
 from phi35.generation import fast_prefill  # noqa: E402
 from phi35.generation.fast_prefill import Prompt, prefill  # noqa: E402
+from phi35.generation.split_attention import attend_in_two  # noqa: E402
 from phi35.parameter_count import count_parameters  # noqa: E402
 from phi35.training.flops import attention_pairs  # noqa: E402
 
 LONG, WARM_UP = 32768, 1024
 """Prompts beyond ``LONG`` tokens run once, after a chunk and ``WARM_UP`` more tokens."""
+HEADS = ((32, 32, 96), (32, 8, 128))
+"""Heads of queries and keys, and their width: phi-3.5-mini, phi-3.5-moe."""
 
 
 def main() -> None:
@@ -48,6 +54,7 @@ def main() -> None:
     parser.add_argument("--peer-lengths", type=int, nargs="+", default=[4096])
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--parts", action="store_true", help="profile one prompt of each model")
+    parser.add_argument("--over-cache", action="store_true", help="attention of one chunk, instead of the table")
     parser.add_argument("--small", action="store_true", help="tiny models: shows that it runs, on a CPU too")
     parser.add_argument("--commit", help="recorded in the result (default: asked of git)")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
@@ -62,7 +69,11 @@ def main() -> None:
     record["dense_tflops"] = moe_layer.dense_rate(size, device, dtype, 15)
     print(f"{record['environment']['device']}: dense {record['dense_tflops']:.1f} TFLOP/s", flush=True)
     names = SMALL if arguments.small else PRESETS
-    for model in arguments.models:
+    if arguments.over_cache:
+        for total in (300,) if arguments.small else (16384, 65536, 131072):
+            for shape in HEADS:
+                attempt(record, f"{shape} over {total}", lambda n=total, s=shape: over_cache(n, s, device, dtype))  # type: ignore[misc]
+    for model in [] if arguments.over_cache else arguments.models:
         run(record, arguments, model, names[model], device)
     record["dense_tflops_after"] = moe_layer.dense_rate(size, device, dtype, 15)
     report(record)
@@ -159,6 +170,39 @@ def ours(model: Any, ids: list[int], chunk: int, rounds: int, device: torch.devi
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["cache_gib"] = cache.nbytes / 2**30
     return statistics.median(times)
+
+
+def over_cache(total: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """A chunk of one layer's queries over so many keys: the corner triangle beside two parts, in milliseconds."""
+    generator = torch.Generator(device).manual_seed(0)
+    chunk, (heads, num_kv, head_dim) = min(8192, total // 2), shape
+    queries = torch.randn(1, heads, chunk, head_dim, device=device, dtype=dtype, generator=generator)
+    keys, values = (
+        torch.randn(1, num_kv, total, head_dim, device=device, dtype=dtype, generator=generator) for _ in "kv"
+    )
+    corner = causal_lower_right(chunk, total)
+    ways = {
+        "corner": lambda: F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=corner, enable_gqa=heads != num_kv
+        ),
+        "two_parts": lambda: attend_in_two(queries, keys, values),
+    }
+    row: dict[str, Any] = {"over_cache": total, "chunk": chunk, "heads": heads, "num_kv": num_kv, "head_dim": head_dim}
+    results = {}
+    for name, way in ways.items():
+        times = []
+        for _ in range(4):
+            transformers_peer.synchronise()
+            start = time.perf_counter()
+            results[name] = way()
+            transformers_peer.synchronise()
+            times.append(1e3 * (time.perf_counter() - start))
+        row[name] = statistics.median(times[1:])
+        row[f"{name}_tflops"] = 4.0 * heads * head_dim * chunk * (total - chunk / 2) / row[name] / 1e9
+    row["largest_value"] = float(results["corner"].abs().max())
+    row["largest_difference"] = float((results["corner"].float() - results["two_parts"].float()).abs().max())
+    print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
+    return row
 
 
 def parts(model: Any, length: int, device: torch.device) -> dict[str, float]:

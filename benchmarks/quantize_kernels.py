@@ -25,7 +25,7 @@ from phi35.kernels.operands import LayerCache, Rope
 from phi35.quantization.codes import QuantizedTensor, dequantize, tensor_specs
 from phi35.quantization.config import WeightFormat
 from phi35.quantization.kernels import matrix, vector
-from phi35.quantization.kernels.vector import WordConfig
+from phi35.quantization.kernels.shapes import HELD_WORDS, WordConfig, held_words
 from phi35.quantization.linear import quantized_linear
 
 FORMATS = {
@@ -189,7 +189,7 @@ def build(model: str, name: str, copies: int | None = None) -> Case:
     with torch.device("meta"):
         weight = random_codes(one, 4096, width)
     chosen = [WordConfig(*shape) for shape in SHAPES]
-    shapes = [shape for shape in chosen if vector.held_words(shape, weight) <= vector.HELD_WORDS]
+    shapes = [shape for shape in chosen if held_words(shape, weight) <= HELD_WORDS]
     case = BUILDERS[model][kernel](config, one, shapes, copies)
     case.name = name
     return case
@@ -289,7 +289,7 @@ def several_expert_tokens(form: str, copy_rate: float) -> list[dict[str, Any]]:
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The fastest right configuration of each kernel: what ``vector.choose`` is read off."""
+    """The fastest right configuration of each kernel: what ``shapes.choose`` is read off."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         name = f"{row['model']} {row['kernel']}"

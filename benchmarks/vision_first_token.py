@@ -1,17 +1,21 @@
 """Pictures to the first token: the stages beside their bounds, for 1 and 8 pictures of 4 and 16 crops.
 
     python benchmarks/vision_first_token.py                   # phi-3.5-vision on a GPU, bfloat16, random weights
+    python benchmarks/vision_first_token.py --profile         # and where the host's time of one first token goes
     python benchmarks/vision_first_token.py --small           # a tiny model: shows that it runs, on a CPU too
 
 "transform" reads square pictures from memory on the host; "tower" is CLIP over all crops at once, "features" the tower,
 the merge and the projection, "prefill" the decoder over pictures and 64 tokens of text. "first" is the whole call, from
 pixels on the host to the first token; "again" the same with the features kept by content, "digest" what finding them
-costs. Bounds are operations by the rate of a square matrix product of 8,192. Medians, warm. Prints a table and, last,
-one JSON line.
+costs. "whole" is "first" from pictures in memory, "whole_again" the same with their crops and features kept. "graph" is
+the tower from a CUDA graph, which few crops take. Bounds are operations by the rate of a square matrix product of
+8,192. Medians, warm. Prints a table and, last, one JSON line.
 """
 
 import argparse
+import cProfile
 import json
+import pstats
 import statistics
 import sys
 import time
@@ -47,6 +51,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--crops", type=int, nargs="+", default=[4, 16], help="num_crops")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--profile", action="store_true", help="profile one first token of each case")
     parser.add_argument("--small", action="store_true", help="a tiny model")
     parser.add_argument("--commit", help="recorded in the result (default: asked of git)")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
@@ -64,7 +69,7 @@ def main() -> None:
     for pictures in arguments.pictures:
         for crops in arguments.crops:
             name = f"{pictures} pictures, {crops} crops"
-            attempt(record, name, lambda p=pictures, c=crops: measure(model, p, c, arguments.rounds, record))  # type: ignore[misc]
+            attempt(record, name, lambda p=pictures, c=crops: measure(model, p, c, arguments, record))  # type: ignore[misc]
     report(record)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -91,15 +96,17 @@ def projector_flops(config: ModelConfig, features: int) -> float:
 
 
 @torch.no_grad()
-def measure(model: Any, pictures: int, num_crops: int, rounds: int, record: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    model: Any, pictures: int, num_crops: int, arguments: argparse.Namespace, record: dict[str, Any]
+) -> dict[str, Any]:
     """One case: times in milliseconds, and bounds."""
-    config, device = model.config, model.device
+    config, device, rounds = model.config, model.device, arguments.rounds
     transform = registry.resolve("processor.images")(config.vision)
     generator = torch.Generator().manual_seed(0)
     raw = torch.randint(0, 256, (pictures, 700, 700, 3), generator=generator, dtype=torch.uint8)
     images = [Image.fromarray(one.numpy()) for one in raw]
     row: dict[str, Any] = {"pictures": pictures, "num_crops": num_crops}
-    row["transform"], crops = median(lambda: [transform(image, num_crops) for image in images], 3)
+    row["transform"], crops = median(lambda: transform.many(images, [num_crops] * pictures), 3)
     pixels = torch.cat([crop.pixel_values for crop in crops])
     sizes = torch.tensor([tuple(crop.image_size) for crop in crops])
     counts = [crop.num_tokens for crop in crops]
@@ -108,6 +115,9 @@ def measure(model: Any, pictures: int, num_crops: int, rounds: int, record: dict
     embedding = model.model.vision_embed_tokens
     row["tower"], _ = median(lambda: embedding.img_processor(moved), rounds)
     row["features"], _ = median(lambda: embedding.features(moved, sizes), rounds)
+    with embedding.tower_from_graphs():
+        embedding.features(moved, sizes)
+        row["graph"], _ = median(lambda: embedding.features(moved, sizes), rounds)
     cache = ImageFeatureCache(2**31)
     cache.features(embedding, moved, sizes)
     row["digest"], _ = median(lambda: cache.features(embedding, moved, sizes), rounds)
@@ -127,11 +137,19 @@ def measure(model: Any, pictures: int, num_crops: int, rounds: int, record: dict
         decoding.step()
         decoding.step()  # ends it, so that its step is kept for the next one
 
+    def whole() -> None:
+        transform.many(images, [num_crops] * pictures)
+        first()
+
     model.image_feature_cache = None
     row["first"], _ = median(first, rounds)
-    model.image_feature_cache = cache
+    row["whole"], _ = median(whole, rounds)
+    model.image_feature_cache, transform.cache = cache, registry.resolve("images.cache")(2**31)
     row["again"], _ = median(first, rounds)
+    row["whole_again"], _ = median(whole, rounds)
     model.image_feature_cache = None
+    if arguments.profile:
+        profile_host(first)
     step_pool.drop(model)
     rate = record["dense_tflops"] * 1e9
     row["tower_bound"] = tower_flops(config, len(pixels)) / rate
@@ -142,6 +160,16 @@ def measure(model: Any, pictures: int, num_crops: int, rounds: int, record: dict
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     return row
+
+
+def profile_host(call: Callable[[], Any], lines: int = 25) -> None:
+    """Print the functions in which the host spends the time of one call, with all that they call."""
+    profiler = cProfile.Profile()
+    call()
+    transformers_peer.synchronise()
+    profiler.runcall(call)
+    transformers_peer.synchronise()
+    pstats.Stats(profiler).sort_stats("cumulative").print_stats(lines)
 
 
 def median(call: Callable[[], Any], rounds: int) -> tuple[float, Any]:
@@ -159,12 +187,13 @@ def median(call: Callable[[], Any], rounds: int) -> tuple[float, Any]:
 
 def report(record: dict[str, Any]) -> None:
     """The table, in milliseconds."""
-    names = ("transform", "copy", "tower", "features", "prefill", "first", "again", "digest")
-    print(f"{'pictures':>8s}{'crops':>7s}{'tokens':>8s}" + "".join(f"{name:>11s}" for name in names) + f"{'bound':>9s}")
+    names = ("transform", "copy", "tower", "features", "graph", "prefill", "digest")
+    names += ("first", "again", "whole", "whole_again")
+    print(f"{'pictures':>8s}{'crops':>7s}{'tokens':>8s}" + "".join(f"{name:>12s}" for name in names) + f"{'bound':>9s}")
     for row in (row for row in record.get("rows", []) if "first" in row):
         print(
             f"{row['pictures']:8d}{row['crops']:7d}{row['tokens']:8d}"
-            + "".join(f"{row[name]:11.2f}" for name in names)
+            + "".join(f"{row[name]:12.2f}" for name in names)
             + f"{row['bound']:9.2f}  tower {100 * row['tower_bound'] / row['tower']:.0f} %, "
             f"prefill {100 * row['prefill_bound'] / row['prefill']:.0f} %, "
             f"all {100 * row['bound'] / row['first']:.0f} %",

@@ -95,6 +95,10 @@ class Experts(nn.Module):
         assert run is not None, "check_backend lets no backend without a function through"
         return run(hidden_states, expert_indices, expert_weights, self.gate_up_proj, self.down_proj, self.hidden_act)
 
+    def has_kernels_for_few(self, hidden_states: torch.Tensor) -> bool:
+        """Whether up to 64 tokens go through kernels that add a token's choices themselves, more through others."""
+        return self.backend_for(hidden_states) == "triton"
+
     def combine_choices(self, rows: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
         """Each token's sum from what ``forward`` gives for its choices one by one, with weights of one.
 

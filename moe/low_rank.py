@@ -2,7 +2,8 @@
 
 The additions are products of rank r on the rows that are sorted by expert anyway: no expert's B A, which has the
 size of its weight, ever exists. The weights stay as they are, plain or in few bits, and get no gradient: one in few
-bits is restored for its product and dropped again, in the backward pass as well (QLoRA, arXiv 2305.14314).
+bits is restored for its product and dropped again, in the backward pass as well (QLoRA, arXiv 2305.14314). On a GPU
+``moe.kernels.low_rank`` does so inside the experts' own products; here are torch's grouped product and plain loops.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe.experts import combine, grouped_mm_function, sort_by_expert
+from moe.kernels import backend as kernels_backend
 from phi35.fused import gated_activation
 from phi35.quantization.codes import QuantizedTensor
 from phi35.quantization.linear import restored
@@ -50,8 +52,9 @@ def adapted_experts(
 ) -> torch.Tensor:
     """Weighted sum of each token's experts, as ``moe.experts.Experts.forward``, with additions to their weights.
 
-    On a GPU nothing is read on the host; elsewhere, and for dtypes and sizes that torch's grouped product does not
-    take, there is one product an expert.
+    The Triton kernels run where they take dtypes and sizes, the weights are frozen and nothing is dropped out. Else
+    there is torch's grouped product, which reads nothing on the host either; and one product an expert for dtypes and
+    sizes that this does not take.
 
     Args:
         hidden_states: (N, D).
@@ -67,6 +70,28 @@ def adapted_experts(
         (N, D) in the dtype of ``hidden_states``. Gradients reach the tokens, their multipliers and the additions, and
         plain weights that want them.
     """
+    if _kernels_take(hidden_states, gate_up_proj, down_proj, (*gate_up_additions, *down_additions)):
+        from moe.kernels import low_rank
+
+        up, down = (_factors(additions) for additions in (gate_up_additions, down_additions))
+        return low_rank.adapted_experts(
+            hidden_states, expert_indices, expert_weights, gate_up_proj, down_proj, hidden_act, up, down
+        )
+    given = (hidden_states, expert_indices, expert_weights, gate_up_proj, down_proj, hidden_act)
+    return with_torch(*given, gate_up_additions, down_additions)
+
+
+def with_torch(
+    hidden_states: torch.Tensor,
+    expert_indices: torch.Tensor,
+    expert_weights: torch.Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
+    hidden_act: str,
+    gate_up_additions: Sequence[LowRank] = (),
+    down_additions: Sequence[LowRank] = (),
+) -> torch.Tensor:
+    """``adapted_experts`` by torch's products on every device."""
     rows = sort_by_expert(hidden_states, expert_indices, gate_up_proj.shape[0])
     segments = Segments(rows.ends)
     gate_up = _adapted(rows.values, gate_up_proj, gate_up_additions, segments)
@@ -111,15 +136,49 @@ def _adapted(rows: torch.Tensor, weight: Weight, additions: Sequence[LowRank], s
         out = segments.product(rows, weight)
     for one in additions:
         inputs = (rows if one.dropout is None else one.dropout(rows)).to(one.first.dtype)
-        first, second = _padded(one.first, one.second)
+        # Whole multiples of 16 bytes, as the grouped product wants them.
+        first, second = _padded(one.first, one.second, 16 // one.first.element_size())
         low = segments.product(inputs, first) * one.scaling
         out = out + segments.product(low, second).to(out.dtype)
     return out
 
 
-def _padded(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors whose rank fills whole multiples of 16 bytes, as the grouped product wants them."""
-    missing = -first.shape[1] % (16 // first.element_size())
+def _kernels_take(
+    hidden_states: torch.Tensor, gate_up_proj: Weight, down_proj: Weight, additions: Sequence[LowRank]
+) -> bool:
+    """Whether the Triton kernels run these experts."""
+    if kernels_backend.missing() is not None or torch.compiler.is_compiling() or not len(hidden_states):
+        return False
+    if any(one.dropout is not None or one.first.dtype != hidden_states.dtype for one in additions):
+        return False
+    shapes = []
+    for weight in (gate_up_proj, down_proj):
+        if not isinstance(weight, QuantizedTensor):
+            if weight.requires_grad and torch.is_grad_enabled():
+                return False
+            shapes.append(weight)
+        else:  # restored in the dtype of the tokens
+            shapes.append(torch.empty(weight.shape, dtype=hidden_states.dtype, device="meta"))
+    return kernels_backend.limit(hidden_states, *shapes) is None
+
+
+def _factors(additions: Sequence[LowRank]) -> Any:
+    """All additions as one ``Factors``, scaled, of a rank that the kernels take; None if there are none."""
+    from moe.kernels.low_rank import MIN_RANK, Factors
+
+    if not additions:
+        return None
+    first = torch.cat([one.first for one in additions], dim=1) if len(additions) > 1 else additions[0].first
+    scaled = [one.second * one.scaling for one in additions]
+    second = torch.cat(scaled, dim=2) if len(scaled) > 1 else scaled[0]
+    first, second = (part.contiguous() for part in _padded(first, second, MIN_RANK))
+    # Descriptors start at multiples of 16 bytes; optimizers may lay parameters elsewhere in a flat buffer.
+    return Factors(*(part if part.data_ptr() % 16 == 0 else part.clone() for part in (first, second)))
+
+
+def _padded(first: torch.Tensor, second: torch.Tensor, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors whose rank is a multiple of so much."""
+    missing = -first.shape[1] % multiple
     if not missing:
         return first, second.contiguous()
     return F.pad(first, (0, 0, 0, missing)), F.pad(second, (0, missing))

@@ -19,7 +19,7 @@ from torch import nn
 from moe.copy_stream import CopyStream, pin
 
 FEW_TOKENS = 64
-"""Up to so many rows the CUDA kernels of plain and of quantized experts are others than beyond."""
+"""Up to so many rows the kernels of plain and of quantized experts are others than beyond."""
 SPECULATED_TOKENS = 4
 """Most tokens of a pass for which the next layer's experts are guessed."""
 
@@ -100,7 +100,7 @@ class OffloadedExperts(nn.Module):
             self._guess(guess)
             result = self._run(wanted, hidden_states, self._places(chosen, hidden_states.device), expert_weights)
         else:
-            few = len(hidden_states) <= FEW_TOKENS and hidden_states.device.type == "cuda"
+            few = len(hidden_states) <= FEW_TOKENS and self._has_kernels_for_few(hidden_states)
             run = self._run_token_by_token if few else self._run_in_rounds
             result = run(wanted, hidden_states, chosen, expert_weights)
             self._guess(guess)
@@ -135,7 +135,7 @@ class OffloadedExperts(nn.Module):
     ) -> torch.Tensor:
         """The sum for few tokens, in groups of those whose experts fit together.
 
-        CUDA's kernels for few rows add a token's choices before they round, so that these must not be torn apart; they
+        The kernels for few rows add a token's choices before they round, so that these must not be torn apart; they
         compute each token alone.
         """
         groups: list[tuple[set[int], list[int]]] = [(set(), [])]
@@ -179,7 +179,7 @@ class OffloadedExperts(nn.Module):
                 [torch.full((len(part), 1), self._place_of[one]) for part, one in zip(parts, experts, strict=True)]
             )
             pairs = torch.cat(parts)
-            if device.type == "cuda" and len(pairs) <= FEW_TOKENS < num_tokens:
+            if len(pairs) <= FEW_TOKENS < num_tokens and self._has_kernels_for_few(hidden_states):
                 # The same row several times: in place all rows go through the kernels for many, which round otherwise.
                 more = FEW_TOKENS + 1 - len(pairs)
                 pairs, places = (torch.cat((one, one[-1:].expand(more, *one.shape[1:]))) for one in (pairs, places))
@@ -190,6 +190,9 @@ class OffloadedExperts(nn.Module):
                 self._copy_in(following)
         combined: torch.Tensor = self._pool[0].combine_choices(rows.view(num_tokens, top_k, -1), weights)  # type: ignore[operator]
         return combined
+
+    def _has_kernels_for_few(self, hidden_states: torch.Tensor) -> bool:
+        return bool(self._pool[0].has_kernels_for_few(hidden_states))  # type: ignore[operator]
 
     def _rounds(self, wanted: Sequence[int]) -> list[list[int]]:
         """Experts that run together: first those that are there, then the others by half as many as have a place."""

@@ -51,9 +51,13 @@ class QuantizedExperts(FewBitModule):
             return quantized.run_experts(*given, *weights, self.hidden_act)
         return loop(*given, *weights, self.hidden_act)
 
+    def has_kernels_for_few(self, hidden_states: torch.Tensor) -> bool:
+        """As ``Experts.has_kernels_for_few``."""
+        return _kernels_take(hidden_states, self.held("gate_up_proj"))
+
     def combine_choices(self, rows: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
         """As ``Experts.combine_choices``."""
-        if _kernels_take(rows, self.held("gate_up_proj")):
+        if self.has_kernels_for_few(rows):
             return kernels_backend.combine_choices(rows, expert_weights)
         return combine_in_order(rows, expert_weights, rows.dtype)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from phi35 import registry
 from phi35.chat_template import Message, flatten_messages, image_tag
 from phi35.device import pick_device, pick_dtype
 from phi35.generation.decoding import Decoding
@@ -249,6 +250,7 @@ def _loaded(
         raise ValueError(f"{name} has no tokenizer, so that it cannot answer text: add its tokenizer.json")
     if model.config.vision is not None:
         model.image_feature_cache = ImageFeatureCache()
+        processor.image_transform.cache = registry.resolve("images.cache")()
     return model, processor
 
 

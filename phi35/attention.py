@@ -5,7 +5,9 @@ forward pass as an ``AttentionPlan``. Sliding windows count as transformers does
 ``sliding_window`` keys, itself among them (the published flash-attention code sees one more).
 """
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,6 +48,7 @@ class AttentionPlan:
         packed: where the samples of packed rows lie; None for one sample a row.
         sequence_parallel: the processes that share the rows; None: this one has them whole.
         block_sparse: what block-sparse layers see; None where that is what all layers see.
+        copies: the same plan on other devices, as far as layers there have asked for it.
     """
 
     cos_sin: CosSin
@@ -59,6 +62,31 @@ class AttentionPlan:
     packed: PackedRows | None = None
     sequence_parallel: SequenceParallel | None = None
     block_sparse: BlockSparsePlan | PackedPlan | None = None
+    copies: dict[torch.device, "AttentionPlan"] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "AttentionPlan":
+        """The plan on a device, copied there once a pass: how the layers of a spread model receive it.
+
+        ``lengths`` stay where they are, beside the cache's own.
+        """
+        target = torch.device(device)
+        if target == self.cos_sin[0].device:
+            return self
+        if target not in self.copies:
+
+            def moved(part: Any) -> Any:
+                return part.to(target) if hasattr(part, "to") else part
+
+            self.copies[target] = dataclasses.replace(
+                self,
+                cos_sin=(moved(self.cos_sin[0]), moved(self.cos_sin[1])),
+                mask=moved(self.mask),
+                slots=moved(self.slots),
+                packed=moved(self.packed),
+                block_sparse=moved(self.block_sparse),
+                copies=self.copies,
+            )
+        return self.copies[target]
 
 
 class Attention(nn.Module):

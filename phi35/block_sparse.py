@@ -10,8 +10,7 @@ blocks that nobody sees. Blocks count from a sequence's first token, wherever pa
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from phi35.config import ModelConfig
+from phi35.flex_kernels import BLOCK_TENSORS, FlexBlocks, attend_flex
 from phi35.packed_attention import PackedRows
 
 MASK_ELEMENTS = 2**26
@@ -66,9 +66,9 @@ class BlockPattern:
         Returns:
             bool.
         """
-        query_blocks, key_blocks = queries // self.block_size, keys // self.block_size
+        query_blocks, key_blocks = _quotient(queries, self.block_size), _quotient(keys, self.block_size)
         local = query_blocks - key_blocks < self.num_local_blocks
-        stripe = (key_blocks + heads * self.head_step + 1) % self.vert_stride == 0
+        stripe = _remainder(key_blocks + heads * self.head_step + 1, self.vert_stride) == 0
         return (keys <= queries) & (local | stripe)
 
     def num_pairs(self, length: int, num_heads: int) -> int:
@@ -92,7 +92,8 @@ class BlockSparsePlan:
         keys: (B or 1, n) int64 places of the keys.
         heads: numbers of the first head that this process attends with and of the one after its last.
         mask: (B or 1, H, T, n) bool, where it is small enough to be kept.
-        flex: FlexAttention as a function of queries, keys, values and scale; where it serves.
+        flex: the blocks that FlexAttention works through; where it serves.
+        first: place of the first query, where ``flex`` serves.
     """
 
     pattern: BlockPattern
@@ -100,7 +101,16 @@ class BlockSparsePlan:
     keys: torch.Tensor
     heads: tuple[int, int]
     mask: torch.Tensor | None = None
-    flex: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor] | None = None
+    flex: FlexBlocks | None = None
+    first: int = 0
+
+    def to(self, device: torch.device) -> "BlockSparsePlan":
+        """The same on another device."""
+        if self.flex is not None:
+            sizes = self.queries.shape[1], self.keys.shape[1]
+            return plan_sequence(self.pattern, self.heads, self.first, *sizes, device)
+        mask = None if self.mask is None else self.mask.to(device)
+        return dataclasses.replace(self, queries=self.queries.to(device), keys=self.keys.to(device), mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +124,11 @@ class PackedPlan:
 
     rows: PackedRows
     plans: Mapping[int, BlockSparsePlan]
+
+    def to(self, device: torch.device) -> "PackedPlan":
+        """The same on another device."""
+        plans = {length: plan.to(device) for length, plan in self.plans.items()}
+        return PackedPlan(rows=self.rows.to(device), plans=plans)
 
 
 def block_pattern(config: ModelConfig) -> BlockPattern | None:
@@ -147,8 +162,8 @@ def plan_sequence(
     plan = BlockSparsePlan(pattern=pattern, queries=queries, keys=keys, heads=heads)
     if device.type == "cuda" and num_queries >= FLEX_QUERY_BLOCK and 128 % pattern.block_size == 0:
         gradients = torch.is_grad_enabled()
-        mask = flex_mask(pattern, heads, first, num_queries, num_keys, device, FLEX_KEY_BLOCK[gradients])
-        return dataclasses.replace(plan, flex=_flex_function(mask, {} if gradients else _FORWARD_TILES))
+        flex = flex_blocks(pattern, heads, first, num_queries, num_keys, device, gradients=gradients)
+        return dataclasses.replace(plan, flex=flex, first=first)
     return _with_mask(plan)
 
 
@@ -201,7 +216,7 @@ def attend_block_sparse(
         return _sample_by_sample(queries, keys, values, plan, scale, dropout)
     gqa = keys.shape[1] != queries.shape[1]
     if plan.flex is not None and not dropout:
-        return plan.flex(queries, keys, values, scale)
+        return attend_flex(queries, keys, values, plan.flex, scale)
     length, rows = queries.shape[2], queries.shape[2]
     if plan.mask is None:
         rows = max(1, MASK_ELEMENTS // (plan.queries.shape[0] * queries.shape[1] * keys.shape[2]))
@@ -216,24 +231,37 @@ def attend_block_sparse(
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
-def flex_mask(
+def flex_blocks(
     pattern: BlockPattern,
     heads: tuple[int, int],
     first: int,
     num_queries: int,
     num_keys: int,
     device: torch.device,
-    key_block: int,
-) -> Any:
+    *,
+    gradients: bool,
+    key_block: int | None = None,
+    options: Mapping[str, int] | None = None,
+) -> FlexBlocks:
     """FlexAttention's form of the pattern, worked out block by block: no mask of single tokens is made.
 
-    Arguments as of ``plan_sequence``; ``key_block`` is a number of keys that the pattern's block size divides.
-
-    Returns:
-        A ``BlockMask`` of one row and H heads.
+    Args:
+        pattern: the pattern.
+        heads: as of ``plan_sequence``, as are the next four.
+        first: place of the first query.
+        num_queries: T.
+        num_keys: n.
+        device: of the pass.
+        gradients: whether they will be asked for.
+        key_block: keys that are worked on at once, a multiple of the pattern's block; None: ``FLEX_KEY_BLOCK``.
+        options: of the kernels; None: those that go with ``FLEX_KEY_BLOCK``.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
+    if key_block is None:
+        key_block = FLEX_KEY_BLOCK[gradients]
+    if options is None:
+        options = {} if gradients else _FORWARD_TILES
     size, columns = pattern.block_size, -(-num_keys // key_block)
     starts = torch.arange(first, first + num_queries, FLEX_QUERY_BLOCK, device=device)[:, None]
     ends = (starts + FLEX_QUERY_BLOCK - 1).clamp(max=first + num_queries - 1)
@@ -249,48 +277,38 @@ def flex_mask(
     whole = whole & (key_starts + size - 1 <= starts) & (key_starts + size <= num_keys)
     seen = seen.unflatten(-1, (columns, -1)).any(dim=-1)
     whole = whole.unflatten(-1, (columns, -1)).all(dim=-1)
-    # As tensors: another number would mean another kernel.
-    place, head = torch.tensor(first, device=device), torch.tensor(heads[0], device=device)
+    # In 32 bits, as FlexAttention's own indices are: 64 would double the registers that a tile of a mask takes.
+    place, head = (torch.tensor(number, dtype=torch.int32, device=device) for number in (first, heads[0]))
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return pattern.sees(h + head, q + place, k)
 
-    return BlockMask.from_kv_blocks(
-        *_ordered(seen & ~whole),
-        *_ordered(whole),
-        BLOCK_SIZE=(FLEX_QUERY_BLOCK, key_block),
-        mask_mod=mask_mod,
-        seq_lengths=(num_queries, num_keys),
-    )
-
-
-@functools.cache
-def compiled_flex() -> Callable[..., Any]:
-    """FlexAttention as a compiled kernel; not compiled it would hold all scores."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
+    partly = seen & ~whole
+    lengths, sizes = (num_queries, num_keys), (FLEX_QUERY_BLOCK, key_block)
+    by_keys = (*_ordered(partly.mT), *_ordered(whole.mT)) if gradients else (None,) * 4
+    blocks = *_ordered(partly), *_ordered(whole), *by_keys
+    held: dict[str, Any] = dict(zip(BLOCK_TENSORS, blocks, strict=True))
+    mask = BlockMask(seq_lengths=lengths, BLOCK_SIZE=sizes, mask_mod=mask_mod, **held)
+    return FlexBlocks(mask=mask, pattern=pattern, place=place, head=head, options=tuple(sorted(options.items())))
 
 
 _FORWARD_TILES = {"BLOCK_M": 128, "BLOCK_N": 64}
 """No larger than the blocks of the mask."""
 
 
-def _flex_function(block_mask: Any, tiles: dict[str, int]) -> Callable[..., torch.Tensor]:
-    attend = compiled_flex()
+def _quotient(numbers: torch.Tensor, divisor: int) -> torch.Tensor:
+    """Of numbers from 0 on; by powers of two without the division that kernels would do in several steps."""
+    shift = divisor.bit_length() - 1
+    return numbers >> shift if divisor == 1 << shift else numbers // divisor
 
-    def flex(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None) -> torch.Tensor:
-        gqa = keys.shape[1] != queries.shape[1]
-        attended: torch.Tensor = attend(
-            queries, keys, values, block_mask=block_mask, scale=scale, enable_gqa=gqa, kernel_options=tiles or None
-        )
-        return attended
 
-    return flex
+def _remainder(numbers: torch.Tensor, divisor: int) -> torch.Tensor:
+    """Likewise what is left."""
+    return numbers & (divisor - 1) if divisor & (divisor - 1) == 0 else numbers % divisor
 
 
 def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many blocks of keys each block of queries takes (1, H, rows) and which, those first (1, H, rows, columns)."""
+    """How many columns each row takes (1, H, rows) and which, those first (1, H, rows, columns)."""
     counts = blocks.sum(dim=-1, dtype=torch.int32)
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return counts[None].contiguous(), order[None].contiguous()

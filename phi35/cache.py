@@ -6,6 +6,7 @@ set its keys were rotated, since keys of one set are wrong beside queries of the
 dtype, or as bytes with scales (``phi35.cache_codes``).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class KVCache:
         device: where the tensors lie.
         dtype: of keys and values.
         kv_cache_dtype: "int8" or "fp8" stores them in eight bits; None in ``dtype``.
+        layer_devices: where each layer's keys and values lie; None: all on ``device``, as the lengths do.
 
     Attributes:
         keys: of each layer (B, K, slots, d), numbers or codes.
@@ -51,6 +53,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         kv_cache_dtype: str | None = None,
+        layer_devices: Sequence[torch.device] | None = None,
     ) -> None:
         check_kind(kv_cache_dtype)
         if batch_size < 1:
@@ -67,7 +70,7 @@ class KVCache:
         self.dtype, self.kind = dtype, kv_cache_dtype
         shape = (batch_size, config.num_key_value_heads, self._allocated(self.capacity), config.attention_head_dim)
         self.keys, self.values, self.key_scales, self.value_scales = new_tensors(
-            config, shape, device, dtype, self.kind
+            config, shape, device, dtype, self.kind, layer_devices
         )
 
     @property
@@ -174,7 +177,7 @@ class KVCache:
         chosen.lengths, chosen.rope_long = self.lengths[rows], self.rope_long[rows]
         chosen.num_slots, chosen.uniform_length = self.num_slots, self.uniform_length
         chosen.keys, chosen.values, chosen.key_scales, chosen.value_scales = (
-            [tensor[rows] for tensor in tensors] for tensors in self._stored()
+            [tensor[rows.to(tensor.device)] for tensor in tensors] for tensors in self._stored()
         )
         return chosen
 
@@ -192,7 +195,8 @@ class KVCache:
         self.reserve(other.num_slots)
         for mine, theirs in zip(self._stored(), other._stored(), strict=True):
             for layer in range(len(mine)):
-                mine[layer][rows, :, : other.num_slots] = theirs[layer][:, :, : other.num_slots]
+                places = rows.to(mine[layer].device)
+                mine[layer][places, :, : other.num_slots] = theirs[layer][:, :, : other.num_slots]
         self.lengths[rows], self.rope_long[rows] = other.lengths, other.rope_long
         self.num_slots = max(self.num_slots, other.num_slots)
         if self.uniform_length != other.uniform_length:
@@ -228,14 +232,19 @@ class KVCache:
 
 
 def new_tensors(
-    config: ModelConfig, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype, kind: str | None
+    config: ModelConfig,
+    shape: tuple[int, ...],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    kind: str | None,
+    layer_devices: Sequence[torch.device] | None = None,
 ) -> tuple[list[torch.Tensor], ...]:
     """Keys and values of this shape for every layer, and their scales (none where ``kind`` is None); zeros."""
-    layers = range(config.num_hidden_layers)
+    devices = [device] * config.num_hidden_layers if layer_devices is None else layer_devices
     stored = dtype if kind is None else CODE_DTYPE
-    numbers = [[torch.zeros(shape, device=device, dtype=stored) for _ in layers] for _ in range(2)]
-    scaled = layers if kind is not None else range(0)
-    scales = [[torch.zeros(shape[:-1], device=device, dtype=SCALE_DTYPE) for _ in scaled] for _ in range(2)]
+    numbers = [[torch.zeros(shape, device=one, dtype=stored) for one in devices] for _ in range(2)]
+    scaled = devices if kind is not None else []
+    scales = [[torch.zeros(shape[:-1], device=one, dtype=SCALE_DTYPE) for one in scaled] for _ in range(2)]
     return numbers[0], numbers[1], scales[0], scales[1]
 
 

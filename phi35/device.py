@@ -1,6 +1,7 @@
 """Which device and dtype a model is put on, and the checks of what the caller asked for."""
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +15,19 @@ DTYPES = {
     "fp16": torch.float16,
     "float64": torch.float64,
 }
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where a model computes whose parts lie on several devices, or wait in host memory or on disk for their turn.
+
+    Attributes:
+        inputs: of the embedding, where a pass begins; masks, positions and row lengths live there.
+        layers: of each decoder layer, where its keys and values live.
+    """
+
+    inputs: torch.device
+    layers: tuple[torch.device, ...]
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

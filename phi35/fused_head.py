@@ -77,8 +77,15 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # In float32: rounded to bfloat16 the factor would give a micro-batch another weight than its tokens'.
-        grads = [None if grad is None else (grad.float() * grad_loss).to(grad.dtype) for grad in ctx.saved_tensors]
+        grads = [None if grad is None else _scaled(grad, grad_loss) for grad in ctx.saved_tensors]
         return (*grads, None)
+
+
+def _scaled(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    if uses_kernels(values) and values.dtype != torch.float64 and values.is_contiguous():
+        product: torch.Tensor = resolve("phi35.kernels.cross_entropy:scaled")(values, factor)
+        return product
+    return (values.to(torch.promote_types(values.dtype, torch.float32)) * factor).to(values.dtype)
 
 
 def _with_torch(logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, want_gradient: bool) -> torch.Tensor:

@@ -16,6 +16,7 @@ from phi35.activation_checkpointing import checkpoint_layer
 from phi35.attention import Attention, AttentionPlan, plan_attention
 from phi35.cache import KVCache
 from phi35.config import ModelConfig
+from phi35.device import Spread
 from phi35.jitter import Jitter
 from phi35.language_model_head import build_head, loss_from_logits, losses_from_logits, shift_labels
 from phi35.norm import RMSNorm, build_norm
@@ -42,10 +43,13 @@ class CausalLM(nn.Module):
         image_feature_cache: where ``generate`` and the batcher keep features of pictures by content
             (``phi35.image_cache.ImageFeatureCache``); None keeps none. ``phi35.generate`` gives one to models that it
             loads, the batcher to the one that it serves.
+        spread: where the parts compute, of a model that ``phi35.interop`` has put on several devices; None: all of
+            them where their weights are.
     """
 
     processor: Any = None
     image_feature_cache: Any = None
+    spread: Spread | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -79,7 +83,9 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the decoder's final norm, where inputs belong."""
+        """Where inputs belong: device of the decoder's final norm, or of the embedding where the parts are spread."""
+        if self.spread is not None:
+            return self.spread.inputs
         return self.model.norm.get_parameter("weight").device
 
     @property
@@ -160,8 +166,10 @@ class CausalLM(nn.Module):
         logits: torch.Tensor | None = None
         if return_logits:
             logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
+            if self.spread is not None:
+                logits = logits.to(self.spread.inputs)
         if targets is not None:
-            targets = targets.to(hidden_states.device)
+            targets = targets.to(hidden_states.device if logits is None else logits.device)
             if targets.shape != hidden_states.shape[:2]:
                 expected = tuple(hidden_states.shape[:2])
                 raise ValueError(f"targets must be {expected} like the inputs, got {tuple(targets.shape)}")
@@ -184,7 +192,8 @@ class CausalLM(nn.Module):
 
         ``kv_cache_dtype`` "int8" or "fp8" stores keys and values in eight bits, None in the model's dtype.
         """
-        return KVCache(self.config, batch_size, max_length, self.device, self.dtype, kv_cache_dtype)
+        layers = None if self.spread is None else self.spread.layers
+        return KVCache(self.config, batch_size, max_length, self.device, self.dtype, kv_cache_dtype, layers)
 
     def image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> list[torch.Tensor]:
         """Features (tokens_i, D) of each image, as they enter the decoder.
@@ -194,10 +203,12 @@ class CausalLM(nn.Module):
             image_sizes: (N, 2) heights and widths after padding.
 
         Raises:
-            ValueError: for a text-only model.
+            ValueError: for a text-only model, and one that is spread over devices.
         """
         if self.model.vision_embed_tokens is None:
             raise ValueError("this model is text-only and has no image features: its config has no vision part")
+        if self.spread is not None:
+            raise ValueError("image features alone need a model on one device: give pixel_values to the model itself")
         return self.model.vision_embed_tokens.features(pixel_values, image_sizes)
 
     def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -394,7 +405,8 @@ class Decoder(nn.Module):
         # One cached token is an answer's, never an image's; looking for placeholders would cost a synchronisation.
         if cached and input_ids.shape[1] == 1 and pixel_values is None and input_ids.device.type != "cpu":
             return inputs_embeds
-        return self.vision_embed_tokens(input_ids, inputs_embeds, pixel_values, image_sizes)
+        embeds: torch.Tensor = self.vision_embed_tokens(input_ids, inputs_embeds, pixel_values, image_sizes)
+        return embeds.to(inputs_embeds.device)  # the tower may lie on another
 
 
 class DecoderLayer(nn.Module):

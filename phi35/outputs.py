@@ -26,6 +26,11 @@ class RouterOutput:
     expert_weights: torch.Tensor
     expert_gradient_weights: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> "RouterOutput":
+        """The same on another device."""
+        held = {name: value for name, value in vars(self).items() if value is not None}
+        return RouterOutput(**{name: value.to(device) for name, value in held.items()})
+
 
 @dataclass
 class CausalLMOutput:

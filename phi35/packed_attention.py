@@ -6,6 +6,7 @@ from them, so that every sample gets what it would get in a row of its own. In 1
 torch's attention runs sample by sample. Padding behind a row's last sample attends to itself and to nothing else.
 """
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -41,6 +42,11 @@ class PackedRows:
     all_offsets: torch.Tensor
     longest: int
     kernel: Kernel | None = None
+
+    def to(self, device: torch.device) -> "PackedRows":
+        """The same on another device."""
+        kernel = _one_kernel() if device.type == "cuda" else None
+        return dataclasses.replace(self, all_offsets=self.all_offsets.to(device), kernel=kernel)
 
     @property
     def offsets(self) -> torch.Tensor:

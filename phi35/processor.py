@@ -9,6 +9,7 @@ the real crops alone. Text-only models use the same class without an image trans
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Processor:
         tokenizer: the folder's tokenizer.
         config: the model's config; with ``vision`` set, images are accepted.
         image_transform: callable(image, num_crops) giving ``pixel_values`` (c, 3, S, S), ``image_size`` (H, W) and
-            ``num_tokens``; None builds the one of the config.
+            ``num_tokens``, maybe with a method ``many`` for lists of both; None builds the one of the config.
         settings: the contents of ``preprocessor_config.json``; its ``num_crops`` is the default limit of tiles.
 
     Raises:
@@ -102,16 +103,22 @@ class Processor:
         texts = [
             self.tagged(text, len(row), index) for index, (text, row) in enumerate(zip(texts, nested, strict=True))
         ]
-        crops = [
-            [self.image_transform(*pair) for pair in zip(*row, strict=True)] for row in zip(nested, limits, strict=True)
-        ]
+        flat = self.crops([image for row in nested for image in row], [limit for row in limits for limit in row])
+        ends = list(accumulate(len(row) for row in nested))
+        crops = [flat[end - len(row) : end] for row, end in zip(nested, ends, strict=True)]
         ids = [self._ids(text, [crop.num_tokens for crop in row]) for text, row in zip(texts, crops, strict=True)]
         batch = self.pad(ids)
-        flat = [crop for row in crops for crop in row]
         if flat:
             batch["pixel_values"] = torch.cat([crop.pixel_values for crop in flat])
             batch["image_sizes"] = torch.tensor([tuple(crop.image_size) for crop in flat], dtype=torch.int64)
         return batch
+
+    def crops(self, images: Sequence[Any], limits: Sequence[int]) -> list[Any]:
+        """What the transform makes of all pictures, side by side where it can."""
+        many = getattr(self.image_transform, "many", None)
+        if many is not None:
+            return many(images, limits)
+        return [self.image_transform(*pair) for pair in zip(images, limits, strict=True)]
 
     def pad(self, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Rows of ids -> ``input_ids`` and ``attention_mask`` (B, T) int64, padded on the left."""

@@ -13,6 +13,7 @@ SLOTS = {
     "embedding.vision": "vision.embedding:VisionEmbedding",
     "processor.images": "vision.image_transform:ImageTransform",
     "images.open": "vision.decode:open_image",
+    "images.cache": "vision.crop_cache:CropCache",
     "images.limits": "vision.decode:DecodingLimits",
     "images.too_large": "vision.decode:ImageTooLargeError",
     "checkpoint_rules.sparse": "moe.checkpoint_rules:RULES",

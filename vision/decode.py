@@ -18,6 +18,7 @@ Whatever cannot be read raises ``ValueError`` with the name of the source, in pl
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "J
 _UNBOUNDED = ("ICO", "JPEG2000")
 """Formats whose header does not tell what decoding takes: not opened where pixels are limited."""
 _ORIENTATION_TAG = 0x0112
+_OPENING = threading.Lock()
+"""Filters of warnings belong to the process. Only headers are read under it; decoding comes after."""
 
 
 class ImageTooLargeError(ValueError):
@@ -171,7 +174,7 @@ def _opened(file: Any, name: str, limits: DecodingLimits = NO_LIMITS) -> Image.I
     Image.init()
     formats = [known for known in FORMATS if known in Image.OPEN and not (limits.max_pixels and known in _UNBOUNDED)]
     try:
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:

@@ -5,7 +5,8 @@ where that is wrong or narrow: features follow their tag's number, tags may repe
 different numbers of images, and only real crops run through the tower.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from phi35.config import ModelConfig
 from vision.image_transform import num_image_tokens, tile_grid
-from vision.placement import count_images, place_features
+from vision.placement import Placement, count_images, place_features
 from vision.projector import ImageProjection, end_rows, join_tiles, merge_patches
 from vision.tower import ClipVisionTower
+from vision.tower_graphs import TowerGraphs
 
 
 class VisionEmbedding(nn.Module):
@@ -43,6 +45,8 @@ class VisionEmbedding(nn.Module):
         self.img_projection = ImageProjection(config)
         self.img_processor = ClipVisionTower(config.vision)
         self.run_tower_always: bool | None = None
+        self._graphs = TowerGraphs()
+        self._from_graphs = False
 
     @property
     def unused_parameter_names(self) -> tuple[str, ...]:
@@ -66,6 +70,7 @@ class VisionEmbedding(nn.Module):
         image_sizes: Tensor | Sequence[Sequence[int]] | None = None,
         image_features: Sequence[Tensor] | None = None,
         num_images: list[int] | None = None,
+        placement: Placement | None = None,
     ) -> Tensor:
         """Token embeddings with the images' features in the places of their tags.
 
@@ -78,6 +83,7 @@ class VisionEmbedding(nn.Module):
             image_features: features (tokens_i, D) of all images in place of ``pixel_values``, as ``features``
                 returns them.
             num_images: images of each row, where the tags do not tell (see ``vision.placement``).
+            placement: of these ids and images, as ``place`` gives it; None finds it.
 
         Returns:
             (B, T, D), a new tensor where images came, differentiable in all of tower, separators and projection.
@@ -102,7 +108,8 @@ class VisionEmbedding(nn.Module):
             return inputs_embeds + self._nothing().to(inputs_embeds.dtype) if always else inputs_embeds
         num_tokens = self._num_tokens(grids) if image_features is None else [len(each) for each in image_features]
         # Before the tower's work is queued: whatever reads the ids on the host would wait for it to end.
-        placement = place_features(input_ids, num_tokens, self.config.image_token_id, num_images)
+        if placement is None:
+            placement = place_features(input_ids, num_tokens, self.config.image_token_id, num_images)
         if image_features is None:
             assert pixel_values is not None
             features = self._features(pixel_values, grids)
@@ -126,6 +133,28 @@ class VisionEmbedding(nn.Module):
         """
         grids = self._grids(image_sizes, pixel_values)
         return list(self._features(pixel_values, grids).split(self._num_tokens(grids)))
+
+    def place(
+        self, input_ids: Tensor, pixel_values: Tensor, image_sizes: Tensor | Sequence[Sequence[int]] | None
+    ) -> Placement:
+        """Where the features of images go, for callers that must ask before the tower's work is queued.
+
+        Arguments are those of ``forward``.
+
+        Raises:
+            ValueError: if placeholders, images, sizes and crops do not match.
+        """
+        grids = self._grids(image_sizes, pixel_values)
+        return place_features(input_ids, self._num_tokens(grids), self.config.image_token_id)
+
+    @contextlib.contextmanager
+    def tower_from_graphs(self, wanted: bool = True) -> Iterator[None]:
+        """Within it the tower runs from CUDA graphs where ``vision.tower_graphs`` can; no gradients come from them."""
+        before, self._from_graphs = self._from_graphs, wanted
+        try:
+            yield
+        finally:
+            self._from_graphs = before
 
     def crops_per_image(self, image_sizes: Tensor | Sequence[Sequence[int]] | None, pixel_values: Tensor) -> list[int]:
         """How many of the crops (C, 3, S, S) are each image's.
@@ -171,7 +200,9 @@ class VisionEmbedding(nn.Module):
             torch.tensor([first_crop[image] for image in images], device=pixel_values.device)
             for images in by_grid.values()
         ]
-        merged = merge_patches(self.img_processor(pixel_values))
+        graphs = self._from_graphs and not torch.is_grad_enabled()
+        patches = self._graphs(self.img_processor, pixel_values) if graphs else self.img_processor(pixel_values)
+        merged = merge_patches(patches)
         pieces = [
             self._sequences(merged, grid, first).flatten(0, 1) for grid, first in zip(by_grid, starts, strict=True)
         ]

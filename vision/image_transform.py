@@ -7,10 +7,13 @@ points: tile and patch sizes come from the configuration, a batch holds no padde
 narrow to keep one row of pixels is refused by name.
 """
 
+import copy
 import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from phi35.config import VisionConfig
+from vision.crop_cache import CropCache, file_digest, pixel_digest
 from vision.decode import open_image
 
 _WHITE = 255
+_MOST_THREADS = 16
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,19 @@ class ImageTransform:
 
     Args:
         config: gives tile side, patch side, normalisation and the default of ``num_crops``.
+        threads: most threads that open, resize and cut the pictures of a call; None takes as many as torch does.
+
+    Attributes:
+        cache: keeps crops by content (``vision.crop_cache``), whose tensors are then shared and must not be written;
+            None, as at first, keeps none.
     """
 
-    def __init__(self, config: VisionConfig) -> None:
-        self.config = config
-        self._mean = torch.tensor(config.image_mean).view(3, 1, 1)
-        self._std = torch.tensor(config.image_std).view(3, 1, 1)
+    def __init__(self, config: VisionConfig, threads: int | None = None) -> None:
+        self.config, self.threads = config, threads
+        self.cache: CropCache | None = None
+        self._open: Callable[[Any], Image.Image] = open_image
+        self._mean = np.array(config.image_mean, dtype=np.float32).reshape(3, 1, 1)
+        self._std = np.array(config.image_std, dtype=np.float32).reshape(3, 1, 1)
 
     def __call__(self, image: Any, num_crops: int | None = None) -> ImageCrops:
         """Opens, resizes, pads, normalises and cuts one picture.
@@ -62,18 +76,29 @@ class ImageTransform:
             ValueError: for an unreadable picture, ``num_crops`` below 1, or an aspect ratio so extreme that the
                 shorter side would be resized to no pixel at all.
         """
-        picture = open_image(image)
-        limit = self.config.num_crops if num_crops is None else num_crops
-        canvas = np.array(padded_picture(picture, limit, self.config))
-        plane = self._normalised(torch.from_numpy(canvas).permute(2, 0, 1))
-        height, width = plane.shape[1:]
-        side = self.config.image_size
-        rows, columns = height // side, width // side
-        pixel_values = torch.empty(1 + rows * columns, 3, side, side)
-        pixel_values[0] = F.interpolate(plane[None], size=(side, side), mode="bicubic", align_corners=False)[0]
-        tiles = plane.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4)
-        pixel_values[1:].view(rows, columns, 3, side, side).copy_(tiles)
-        return ImageCrops(pixel_values, (height, width), num_image_tokens(height, width, self.config))
+        return self.many([image], [num_crops])[0]
+
+    def many(self, images: Sequence[Any], num_crops: Sequence[int | None]) -> list[ImageCrops]:
+        """Crops of several pictures, made side by side by threads; the results are those of one after the other.
+
+        Args:
+            images: as in the call.
+            num_crops: of each picture, as in the call.
+
+        Raises:
+            ValueError: as in the call, for the first picture that has something wrong.
+        """
+        limits = [self.config.num_crops if limit is None else limit for limit in num_crops]
+        begun = self._each(lambda pair: self._begin(*pair), list(zip(images, limits, strict=True)))
+        fresh = [one for one in begun if isinstance(one, _Picture)]
+        self._each(self._cut, [(one, tile) for one in fresh for tile in range(one.num_tiles)])
+        return [self._finish(one) if isinstance(one, _Picture) else one for one in begun]
+
+    def opened_by(self, opener: Callable[[Any], Image.Image]) -> "ImageTransform":
+        """A transform like this one, without a cache, whose pictures another function than ``open_image`` opens."""
+        twin = copy.copy(self)
+        twin._open, twin.cache = opener, None
+        return twin
 
     def num_tokens(self, width: int, height: int, num_crops: int | None = None) -> int:
         """Prompt positions that a picture of this size takes, from its size alone.
@@ -93,10 +118,67 @@ class ImageTransform:
             return num_image_tokens(resized_width, padded_height, self.config)
         return num_image_tokens(padded_height, resized_width, self.config)
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        """(3, H, W) float32, contiguous: divided by 255, minus the mean, divided by the deviation."""
-        plane = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return plane.div_(255).sub_(self._mean).div_(self._std)
+    def _begin(self, image: Any, limit: int) -> "ImageCrops | _Picture":
+        """Crops that are kept, or the picture opened, resized and padded."""
+        digest = None
+        if self.cache is not None:
+            digest = file_digest(image)
+            if digest is not None and (kept := self.cache.find(digest, limit)) is not None:
+                return kept
+        picture = self._open(image)
+        if self.cache is not None and digest is None:
+            digest = pixel_digest(picture)
+            if (kept := self.cache.find(digest, limit)) is not None:
+                return kept
+        return _Picture(padded_picture(picture, limit, self.config), self.config, limit, digest)
+
+    def _cut(self, part: "tuple[_Picture, int]") -> None:
+        """One tile: divided by 255, minus the mean, divided by the deviation, in float32.
+
+        By numpy, tile by tile: what a tile takes stays in a core's cache, and torch's own threads are left out of it.
+        """
+        picture, number = part
+        side = self.config.image_size
+        row, column = divmod(number, picture.columns)
+        there = slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side)
+        tile = picture.pixel_values[1 + number].numpy()
+        np.copyto(tile, picture.canvas[there].transpose(2, 0, 1))
+        tile /= np.float32(255)
+        tile -= self._mean
+        tile /= self._std
+        picture.plane.numpy()[:, *there] = tile
+
+    def _finish(self, picture: "_Picture") -> ImageCrops:
+        """The global view, beside the tiles."""
+        side = self.config.image_size
+        view = F.interpolate(picture.plane[None], size=(side, side), mode="bicubic", align_corners=False)
+        picture.pixel_values[0] = view[0]
+        height, width = picture.plane.shape[1:]
+        crops = ImageCrops(picture.pixel_values, (height, width), num_image_tokens(height, width, self.config))
+        if self.cache is not None and picture.digest is not None:
+            self.cache.keep(picture.digest, picture.limit, crops)
+        return crops
+
+    def _each(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+        """The function of each item, by threads where there are several."""
+        most = torch.get_num_threads() if self.threads is None else self.threads
+        threads = min(most, _MOST_THREADS, len(items))
+        if threads <= 1:
+            return list(map(function, items))
+        with ThreadPoolExecutor(threads, "phi35-pictures") as pool:
+            return list(pool.map(function, items))
+
+
+class _Picture:
+    """A padded picture on its way to crops: ``plane`` (3, H, W) and ``pixel_values`` are to be filled."""
+
+    def __init__(self, canvas: np.ndarray, config: VisionConfig, limit: int, digest: bytes | None) -> None:
+        self.canvas, self.limit, self.digest = canvas, limit, digest
+        height, width = canvas.shape[:2]
+        rows, self.columns = height // config.image_size, width // config.image_size
+        self.num_tiles = rows * self.columns
+        self.plane = torch.empty(3, height, width)
+        self.pixel_values = torch.empty(1 + self.num_tiles, 3, config.image_size, config.image_size)
 
 
 def padded_picture(picture: Image.Image | np.ndarray, num_crops: int, config: VisionConfig) -> np.ndarray:

@@ -17,7 +17,8 @@ from moe.router import SparseMixerRouter, TopKSoftmaxRouter
 from phi35.kernels.common import activate, launch_options, wait_for_predecessor, wait_then_release
 from phi35.kernels.operands import Norm
 from phi35.quantization.codes import QuantizedTensor
-from phi35.quantization.kernels.vector import WordConfig, choose, constants, operands
+from phi35.quantization.kernels.shapes import WordConfig, choose
+from phi35.quantization.kernels.vector import constants, operands
 from phi35.quantization.kernels.words import dot_rows, hold_rows, load_halves, spread
 
 

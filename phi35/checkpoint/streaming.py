@@ -55,6 +55,13 @@ class StoredWeights:
             part.put(whole, self._read(part))
         return whole
 
+    def verbatim(self, name: str) -> tuple[Path, str] | None:
+        """File and disk name of memory tensor ``name`` where it is stored just as memory holds it, else None."""
+        first, *others = self._parts[name]
+        if others or first != Placement(first.disk_name, name):
+            return None
+        return self.stored[first.disk_name].file, first.disk_name
+
     def part(self, name: str, placement: Placement) -> torch.Tensor:
         """The part of memory tensor ``name`` that ``placement`` takes of a tensor laid out alike.
 

@@ -199,7 +199,7 @@ def document_files(data: str | Path, left_out: Counter[str] | None = None) -> li
     """The files of ``open_documents``, in sorted order.
 
     Args:
-        data: path; "stdlib" for the running interpreter's library sources without their tests.
+        data: path; "stdlib" for the running interpreter's library sources without tests and tables.
         left_out: counts "outside_link" for links that lead out of the folder.
 
     Raises:
@@ -207,7 +207,8 @@ def document_files(data: str | Path, left_out: Counter[str] | None = None) -> li
     """
     if str(data) == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        skipped = {"site-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+        # Tables of characters and keywords are no text to learn from: the loss falls on them and rises behind them.
+        skipped = {"site-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "encodings", "pydoc_data"}
         found = [path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts[:-1])]
         return sorted(found)
     root = Path(refuse_remote(data))

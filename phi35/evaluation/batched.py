@@ -74,7 +74,8 @@ def _features(model: Any, processor: Processor, pictures: Sequence[Any]) -> list
     """Features (tokens_i, D) of every picture."""
     features: list[torch.Tensor] = []
     for first in range(0, len(pictures), 64):
-        crops = [processor.image_transform(picture, processor.num_crops) for picture in pictures[first : first + 64]]
+        part = pictures[first : first + 64]
+        crops = processor.crops(part, [processor.num_crops] * len(part))
         pixel_values = torch.cat([crop.pixel_values for crop in crops]).to(model.device, model.dtype)
         sizes = torch.tensor([tuple(crop.image_size) for crop in crops])
         features += model.image_features(pixel_values, sizes)

@@ -479,6 +479,8 @@ class Batcher:
     def _mode(self, mode: str | None, kv_cache_dtype: str | None) -> str:
         if mode not in (None, "graphs", "kernels", "plain"):
             raise ValueError(f"mode must be 'graphs', 'kernels', 'plain' or None, got {mode!r}")
+        if self.model.spread is not None:
+            raise ValueError("the batcher needs a model on one device, and this one's parts are spread over several")
         reason = limit(self.model, kv_cache_dtype) if mode in (None, "graphs") else None
         if reason is None and any(map(waits_for_host, walk(self.model))):
             if mode == "graphs":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from phi35.generation import step_pool
-from phi35.generation.fast_prefill import Prompt, prefill
+from phi35.generation.fast_prefill import Prompt, prefill, to_device
 from phi35.generation.fast_step import CannotCaptureError, limit, waits_for_host
 from phi35.generation.plain_steps import PlainSteps
 from phi35.generation.rows import Row, crosses, rope_length
@@ -176,12 +176,11 @@ class CapturedSteps:
             )
             prompts.append(Prompt(row.ids, row.embeds, self._places[number], row.rope_long))
         cache, device = self.step.cache, self.model.device
-        # Before the prompts' work is queued: a copy from the host waits for all that is.
-        places = torch.tensor([prompt.place for prompt in prompts], device=device)
-        lengths = torch.tensor([len(prompt.ids) for prompt in prompts], dtype=cache.lengths.dtype, device=device)
-        use_long = torch.tensor([prompt.use_long for prompt in prompts], dtype=cache.rope_long.dtype, device=device)
+        table = torch.tensor([[prompt.place, len(prompt.ids), prompt.use_long] for prompt in prompts]).T
+        places, lengths, use_long = to_device(table, device).unbind()
         logits.copy_(prefill(self.model, cache, prompts, self.options.prefill_chunk_size, self.plain))
-        cache.lengths[places], cache.rope_long[places] = lengths, use_long
+        cache.lengths[places] = lengths.to(cache.lengths.dtype)
+        cache.rope_long[places] = use_long.to(cache.rope_long.dtype)
 
     def _cross(self, crossing: list[int]) -> None:
         """A step in which some rows change over to the long factors; nothing is queued."""

@@ -284,11 +284,14 @@ class Decoding:
         try:
             pixels, embedding = pixel_values.to(embeds.device, embeds.dtype), model.model.vision_embed_tokens
             cache = model.image_feature_cache
-            if cache is None or training:
-                return embedding(ids, embeds, pixels, image_sizes)
-            features, digests = cache.features(embedding, pixels, image_sizes)
+            with embedding.tower_from_graphs(self.options.fast is not False):
+                if cache is None or training or model.spread is not None:
+                    placed: torch.Tensor = embedding(ids, embeds, pixels, image_sizes)
+                    return placed.to(embeds.device)
+                placement = embedding.place(ids, pixels, image_sizes)  # reads ids, which would wait for the tower
+                features, digests = cache.features(embedding, pixels, image_sizes)
             self.image_digests = digests if model is self.model else self.image_digests
-            return embedding(ids, embeds, image_features=features)
+            return embedding(ids, embeds, image_features=features, placement=placement)
         finally:
             if training:
                 model.train()

@@ -172,7 +172,7 @@ class PromptPass:
             parts.append(prompt.embeds[segment.start : end])
         if end > given:
             ids = torch.tensor(list(prompt.ids[max(segment.start, given) : end]))
-            parts.append(self.model.model.embed_tokens(_moved(ids, self.cache.keys[0].device)))
+            parts.append(self.model.model.embed_tokens(to_device(ids, self.cache.keys[0].device)))
         return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
 
     def _token_table(
@@ -186,7 +186,7 @@ class PromptPass:
             table[0] = torch.arange(segment.start, segment.start + segment.length)
             table[1], table[2] = prompt.place, int(prompt.use_long)
             rows.append(table)
-        positions, places, use_long = _moved(torch.cat(rows, dim=1), device).unbind()
+        positions, places, use_long = to_device(torch.cat(rows, dim=1), device).unbind()
         return positions, places, use_long
 
     def _attend(self, projected: torch.Tensor, cache: LayerCache, chunk: list[Segment], attention: Any) -> torch.Tensor:
@@ -249,8 +249,8 @@ class PromptPass:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=attention.scale, enable_gqa=gqa)
 
 
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on a device, without waiting for what is queued there, as the image tower's work."""
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device; what is queued there, as the image tower's work, is not waited for."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

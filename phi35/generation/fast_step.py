@@ -70,6 +70,7 @@ class DecodeStep:
         self.logits = torch.zeros(batch, self.config.vocab_size, dtype=torch.float32, device=device)
         self.rope = Rope(*model.model.rope.tables(device))
         self.operations = self._operations(tuning, pdl, plain)
+        self.operations.follow(model.model)
         self._pattern = block_pattern(self.config)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._weights = fingerprint(model)
@@ -187,6 +188,8 @@ def limit(model: Any, kv_cache_dtype: str | None = None) -> str | None:
 
 def model_limit(model: Any, kv_cache_dtype: str | None = None) -> str | None:
     """Why no device could take a model's step by kernels, or None."""
+    if getattr(model, "spread", None) is not None:
+        return "its parts are spread over devices"
     if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its activations are {model.dtype}"
     decoder = model.model

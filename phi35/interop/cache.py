@@ -135,6 +135,7 @@ class RowCache(Cache):
         """Keep these rows."""
         if self.rows is None:
             return
+        indices = indices.to(self._mask.device)
         self.rows = self.rows.select_rows(indices)
         self._mask = self._mask[indices]
         self._ids = self._ids[indices] if self._switches else self._ids
@@ -253,7 +254,7 @@ def _merged(parts: list[tuple[torch.Tensor, Any]], length: int) -> torch.Tensor:
     first = parts[0][1]
     merged = first.new_empty(sum(len(rows) for rows, _ in parts), length, *first.shape[2:])
     for rows, values in parts:
-        merged[rows] = values[:, -length:]
+        merged[rows.to(merged.device)] = values[:, -length:]
     return merged
 
 

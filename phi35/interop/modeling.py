@@ -12,6 +12,7 @@ from phi35.interop.backbone import Backbone
 from phi35.interop.configuration import WrappedConfig, config_class
 from phi35.interop.generation import Generation, check_cache
 from phi35.interop.inputs import packed_crops, packed_lengths, sample_ends
+from phi35.interop.placement import NO_SPLIT
 from phi35.interop.pretrained import Folders, refuse
 from phi35.interop.results import layer_states, model_output
 from phi35.language_model_head import LanguageModelHead, loss_from_logits, shift_labels
@@ -36,7 +37,8 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _supports_sdpa = True
-    _no_split_modules = ["DecoderLayer"]
+    _no_split_modules = list(NO_SPLIT)
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def __init__(self, config: WrappedConfig, causal_lm: CausalLM | None = None) -> None:
         super().__init__(config)
@@ -143,6 +145,11 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
         )
         return result.to_tuple() if return_dict is False else result
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong."""
+        return self.causal_lm.device
+
     def train(self, mode: bool = True) -> "WrappedCausalLM":
         """As of any module, save that routers stay in evaluation mode where ``config.router_sampling`` is off."""
         super().train(mode)
@@ -236,6 +243,8 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
         if "causal_lm" not in self._modules:
             return
         model, tied = self.causal_lm, bool(self.config.tie_word_embeddings)
+        if model.spread is not None and tied == model.config.tie_word_embeddings:
+            return  # the hooks hold what is tied
         if tied != model.config.tie_word_embeddings:
             self._take_config()
             if not tied:
@@ -249,8 +258,10 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
         """Change the size of the vocabulary, as transformers does; the model's config follows.
 
         Raises:
-            ValueError: where embedding or head are held in few bits.
+            ValueError: where embedding or head are held in few bits, or the model is spread over devices.
         """
+        if self.causal_lm.spread is not None:
+            raise ValueError("embedding and head must be resized on one device: load the model without a device_map")
         parts = (self.get_input_embeddings(), self.get_output_embeddings())
         if not isinstance(parts[0], nn.Embedding) or not isinstance(parts[1], nn.Linear):
             raise ValueError("embedding and head must be unquantized to be resized: quantize the model afterwards")
@@ -282,7 +293,8 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
             if ids is None or decoder.vision_embed_tokens is None:
                 raise ValueError("pixel_values need input_ids, and a model with an image path")
             embeds = decoder.embed_tokens(ids.clamp(min=0))
-            embeds = decoder.vision_embed_tokens(ids, embeds, pixel_values, others["image_sizes"])
+            placed = decoder.vision_embed_tokens(ids, embeds, pixel_values, others["image_sizes"])
+            embeds = placed.to(embeds.device)  # the tower may lie on another
             inputs = inputs | {"input_ids": None, "inputs_embeds": embeds}
         output = cache.extend(self.causal_lm, **inputs)
         if targets is not None:
@@ -293,7 +305,10 @@ class WrappedCausalLM(Folders, Generation, PreTrainedModel, GenerationMixin):  #
         assert output.hidden_states is not None
         if attention_mask is not None:
             attention_mask = attention_mask[:, -output.hidden_states.shape[1] :]
-        return resolve("losses.load_balancing")(output.router_outputs, attention_mask)
+        routing = output.router_outputs
+        if (spread := self.causal_lm.spread) is not None:
+            routing = tuple(one.to(spread.inputs) for one in routing)
+        return resolve("losses.load_balancing")(routing, attention_mask)
 
     def _total_loss(
         self,

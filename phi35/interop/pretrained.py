@@ -1,6 +1,7 @@
 """Models of transformers from folders and back, by this package's own readers and writers."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from phi35.checkpoint.reader import read_headers, stored_dtype
 from phi35.checkpoint.rules import CheckpointPlan, state_shapes, to_disk
 from phi35.checkpoint.writer import write_json, write_weights
 from phi35.config import ModelConfig
 from phi35.config_io import from_hf_dict, to_hf_dict
+from phi35.device import pick_dtype
 from phi35.interop.configuration import OWN, WrappedConfig
-from phi35.loading import find_folder, load, load_config, read_json, save, write_configs
+from phi35.interop.placement import PlacementMap, device_of, one_place, resolve_map
+from phi35.loading import find_folder, load, load_config, load_processor, read_json, save, write_configs
 from phi35.meta_model import meta_model
+from phi35.registry import resolve
 
 _HARMLESS = {
     "trust_remote_code",
@@ -23,8 +28,8 @@ _HARMLESS = {
     "use_safetensors",
     "adapter_kwargs",
     "_commit_hash",
+    "offload_state_dict",
 }
-_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class Folders:
@@ -54,29 +59,58 @@ class Folders:
             config: what ``AutoConfig`` gave. Fields changed on it are changed in the model.
             dtype: of the weights; by default as stored.
             torch_dtype: the older name of ``dtype``.
-            device_map: a device, such as "cpu", "cuda:0" or {"": 0}, or "auto": the first GPU if the model fits there
-                by accelerate's count, else the CPU; by default the CPU.
+            device_map: a device, such as "cpu", "cuda:0" or {"": 0}; by default the CPU. Or several: "auto",
+                "balanced", "balanced_low_0", "sequential" or a dictionary of modules and devices, "cpu" and "disk"
+                among them, as accelerate has them, with ``max_memory``, ``offload_folder`` and ``offload_buffers``
+                (by default true: codes of weights in few bits are buffers).
             attn_implementation: "sdpa", which is what these models use.
             revision: branch, tag or commit of a hub repository.
             **options: of transformers; fields of the config change it, others that would change what is loaded are
                 refused.
 
         Raises:
-            ValueError: for an option or map that is not supported, a config that does not fit the weights, and as
-                ``phi35.load``.
+            ValueError: for an option that is not supported, a map or config that does not fit, and as ``phi35.load``.
+            ImportError: for a map over several devices without accelerate.
         """
         if attn_implementation not in (None, "sdpa"):
             raise ValueError(f"attn_implementation must be 'sdpa' for the models of phi35, got {attn_implementation!r}")
         picked = dtype if dtype is not None else torch_dtype
         found = find_folder(folder, revision)
         wrapped, rest = _config_of(cls.config_class, found, config, options)
-        memory = rest.pop("max_memory", None)
+        memory, offload_folder = rest.pop("max_memory", None), rest.pop("offload_folder", None)
+        offload_buffers = rest.pop("offload_buffers", True)
         refuse({key: value for key, value in rest.items() if key not in _HARMLESS}, "from_pretrained")
-        device = _device(device_map, wrapped.model_config, picked, memory)
-        causal_lm, _ = load(found, device=device, dtype="auto" if picked is None else picked, config=wrapped.current())
-        wrapped.hold(causal_lm.config)
-        wrapped.name_or_path = str(folder)
-        return cls(wrapped, causal_lm).eval()  # type: ignore[call-arg, attr-defined]
+        model: Any
+        place, wrapped.name_or_path = one_place(device_map), str(folder)
+        if place is None:
+            model, places = cls._empty(wrapped, found, picked, device_map, memory, offload_buffers)
+            if places.is_spread:
+                load_spread = resolve("phi35.interop.dispatch:load_spread")
+                load_spread(model, found, places, offload_folder, offload_buffers)
+                model.causal_lm.processor = load_processor(found, model.causal_lm.config)
+                return model
+            place = places.main
+        kind = "auto" if picked is None else picked
+        causal_lm, _ = load(found, device=device_of(place), dtype=kind, config=wrapped.current())
+        model = cls(wrapped, causal_lm)  # type: ignore[call-arg]
+        if device_map is not None:
+            model.hf_device_map = {"": place}
+        return model.eval()
+
+    @classmethod
+    def _empty(
+        cls, wrapped: Any, folder: Path, dtype: Any, device_map: Any, memory: Any, offload_buffers: bool
+    ) -> tuple[Any, PlacementMap]:
+        """The model on the meta device, in its dtype, and where its parts go."""
+        if importlib.util.find_spec("accelerate") is None:
+            raise ImportError(f"device_map={device_map!r} needs accelerate: pip install accelerate")
+        causal_lm = meta_model(wrapped.current())
+        kind = stored_dtype(read_headers(folder)) if dtype in (None, "auto") else dtype
+        empty: Any = cls(wrapped, causal_lm.to(pick_dtype(kind, torch.device("cpu"))))  # type: ignore[call-arg]
+        places = resolve_map(empty, device_map, memory, offload_buffers)
+        causal_lm.to(pick_dtype(kind, device_of(places.main)))
+        wrapped.dtype = causal_lm.dtype
+        return empty.eval(), places
 
     def save_pretrained(
         self,
@@ -104,7 +138,12 @@ class Folders:
             return
         target = Path(save_directory).expanduser()
         self._take_config()
-        if state_dict is None:
+        if state_dict is None and self.causal_lm.spread is not None:
+            resolve("phi35.interop.dispatch:check_target")(self.causal_lm, target)
+            tensors = resolve("phi35.interop.dispatch:spread_weights")(self.causal_lm)
+            write_weights(target, tensors, max_shard_size)
+            write_configs(target, self.causal_lm.config, self.causal_lm.dtype)
+        elif state_dict is None:
             save(self.causal_lm, None, target, max_shard_size)
         else:
             tensors = to_disk(self.causal_lm.config, _own_names(state_dict, self.causal_lm.state_dict()))
@@ -125,8 +164,10 @@ class Folders:
 
         Raises:
             RuntimeError: with ``strict``, for missing and unknown names.
-            ValueError: for a tensor of another shape.
+            ValueError: for a tensor of another shape, or a model whose weights wait on the host or on disk.
         """
+        if self.causal_lm.spread is not None and any(one.is_meta for one in self.causal_lm.state_dict().values()):
+            raise ValueError("weights that wait on 'cpu' or 'disk' cannot be replaced: load the model on one device")
         if not state_dict or any(name.startswith("causal_lm.") for name in state_dict):
             parent: Any = super()
             return parent.load_state_dict(state_dict, strict, assign)
@@ -187,26 +228,6 @@ def _config_of(
 def _changes(wanted: ModelConfig, stored: ModelConfig) -> dict[str, Any]:
     pairs = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(ModelConfig)}
     return {name: value for name, value in pairs.items() if value != getattr(stored, name)}
-
-
-def _device(device_map: Any, config: ModelConfig, dtype: Any, memory: Any) -> torch.device:
-    """The one device that a map stands for."""
-    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    if device_map in _SPREADING if isinstance(device_map, str) else False:
-        from accelerate import infer_auto_device_map
-
-        size = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.bfloat16)
-        spread = infer_auto_device_map(
-            meta_model(config), max_memory=memory, no_split_module_classes=["DecoderLayer"], dtype=size
-        )
-        devices = set(spread.values())
-    if len(devices) != 1 or "disk" in devices:
-        raise ValueError(
-            f"device_map {device_map!r} puts the model on {sorted(map(str, devices))}: expected one device, such as "
-            "'cuda:0' or {'': 0}; quantize the model (phi35 quantize) where it is too large for one"
-        )
-    device = devices.pop()
-    return torch.device("cpu" if device is None else device)
 
 
 def _own_names(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

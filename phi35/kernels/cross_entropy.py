@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 _BLOCK = 8192
+_SCALED = 2048
 
 
 def loss_and_gradient(
@@ -38,6 +39,23 @@ def loss_and_gradient(
         num_warps=max(1, min(16, block // 512)),
     )
     return losses
+
+
+def scaled(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor times a float32 scalar on its device; the product is rounded once, to the tensor's dtype."""
+    out = torch.empty_like(values)
+    count = values.numel()
+    if count:
+        _scale_kernel[(triton.cdiv(count, _SCALED),)](values, factor, out, count, BLOCK=_SCALED, num_warps=8)
+    return out
+
+
+@triton.jit
+def _scale_kernel(values, factor, out, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < count
+    value = tl.load(values + places, mask=inside, eviction_policy="evict_first").to(tl.float32) * tl.load(factor)
+    tl.store(out + places, value.to(out.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
 
 @triton.jit

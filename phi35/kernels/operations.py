@@ -25,6 +25,9 @@ class PlainOperations:
     def __init__(self, hidden_act: str, sliding_window: int | None) -> None:
         self.hidden_act, self.window = hidden_act, sliding_window
 
+    def follow(self, decoder: Any) -> None:
+        """Told once, before the first step, whose layers it will be called for."""
+
     def embed(self, tokens: torch.Tensor, embedding: Any, hidden: torch.Tensor) -> None:
         """hidden = embeddings of the tokens (B,)."""
         hidden.copy_(embedding(tokens))

@@ -41,21 +41,19 @@ class Prompt:
         return len(self.inputs["input_ids"])
 
 
-class _LimitedTransform:
-    """Opens pictures within limits before they are cut into crops."""
+class _LimitedOpening:
+    """Opens pictures within limits."""
 
-    def __init__(self, transform: Any, max_pixels: int) -> None:
-        self._transform = transform
+    def __init__(self, max_pixels: int) -> None:
         self._limits = registry.resolve("images.limits")(max_pixels=max_pixels)
         self._open = registry.resolve("images.open")
         self._too_large = registry.resolve("images.too_large")
 
-    def __call__(self, image: bytes, num_crops: int | None = None) -> Any:
+    def __call__(self, image: bytes) -> Any:
         try:
-            picture = self._open(image, self._limits)
+            return self._open(image, self._limits)
         except self._too_large as error:
             raise invalid(str(error), "messages", "image_too_large") from None
-        return self._transform(picture, num_crops)
 
 
 class PromptBuilder:
@@ -72,7 +70,7 @@ class PromptBuilder:
         self.reads_images = processor.config.vision is not None
         self.processor = copy.copy(processor)
         if self.reads_images:
-            self.processor.image_transform = _LimitedTransform(processor.image_transform, settings.max_image_pixels)
+            self.processor.image_transform = _limited(processor.image_transform, settings.max_image_pixels)
         self._fetcher = PictureFetcher(settings.max_image_bytes, settings.image_timeout, settings.image_networks)
         self._threads = concurrent.futures.ThreadPoolExecutor(PREPARED_AT_ONCE, "phi35-prompts")
 
@@ -172,6 +170,18 @@ class PromptBuilder:
         if "pixel_values" in batch:
             inputs |= {"pixel_values": batch["pixel_values"].to(self.dtype), "image_sizes": batch["image_sizes"]}
         return Prompt(inputs, text)
+
+
+def _limited(transform: Any, max_pixels: int) -> Any:
+    """A transform that opens pictures within limits, and keeps crops of those that come again."""
+    if not hasattr(transform, "opened_by"):
+        raise ValueError(
+            f"the server opens pictures within limits and {type(transform).__name__} opens its own: give the processor "
+            "a vision.image_transform.ImageTransform"
+        )
+    limited = transform.opened_by(_LimitedOpening(max_pixels))
+    limited.cache = registry.resolve("images.cache")()
+    return limited
 
 
 def _too_large(limit: int) -> ApiError:

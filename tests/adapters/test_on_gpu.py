@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moe.low_rank import LowRank, adapted_experts
+from moe.kernels import backend
+from moe.low_rank import LowRank, _kernels_take, adapted_experts, with_torch
 from phi35.quantization.codes import dequantize, round_to_nearest
 from phi35.quantization.config import WeightFormat
 from phi35.quantization.linear import quantized_linear, restored
@@ -35,7 +36,7 @@ def test_a_stack_is_restored_as_on_the_cpu(one: WeightFormat) -> None:
     assert (inputs.grad.cpu().double() - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
-@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("rank", [4, 16, 128])
 @pytest.mark.parametrize("few_bits", [False, True])
 def test_experts_with_additions_follow_the_cpu(few_bits: bool, rank: int) -> None:
     draw = torch.Generator().manual_seed(1)
@@ -66,9 +67,41 @@ def test_experts_with_additions_follow_the_cpu(few_bits: bool, rank: int) -> Non
         else:
             base = [one.to(torch.bfloat16).to(device, dtype) for one in plain]
         given = (leaves[0], indices.to(device), weights.to(device))
+        assert _kernels_take(leaves[0], *base, (first, second)) == (device == "cuda" and not backend.missing())
         out = adapted_experts(*given, *base, "silu", [first], [second])
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
         grads = torch.autograd.grad(out, leaves, upstream.to(device, dtype))
         results.append([one.detach().cpu().double() for one in (out, *grads)])
     for got, want in zip(*results, strict=True):
         assert (got - want).abs().max() <= 3e-2 * want.abs().max()
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu"])
+@pytest.mark.parametrize("tokens", [1, 77, 1500])
+def test_kernels_follow_torchs_products(tokens: int, act: str) -> None:
+    """Relative errors against float32, beside those of torch's products in bfloat16; the last expert has no rows."""
+    if (reason := backend.missing()) is not None:
+        pytest.skip(reason)
+    draw = torch.Generator("cuda").manual_seed(3)
+    experts, width, inner, rank = 8, 512, 640, 16
+
+    def tensor(*shape: int, scale: float = 0.05) -> torch.Tensor:
+        return (torch.randn(*shape, generator=draw, device="cuda") * scale).to(torch.bfloat16)
+
+    weights = tensor(experts, 2 * inner, width), tensor(experts, width, inner)
+    leaves = [tensor(tokens, width, scale=1.0), torch.rand(tokens, 2, generator=draw, device="cuda")]
+    for one, other in ((width, 2 * inner), (inner, width)):
+        leaves += [tensor(experts, rank, one), tensor(other, rank, experts).permute(2, 0, 1)]
+    indices = torch.rand(tokens, experts - 1, generator=draw, device="cuda").topk(2, dim=1).indices
+    upstream = tensor(tokens, width, scale=1.0)
+    found = []
+    for run, dtype in ((with_torch, torch.float32), (with_torch, torch.bfloat16), (adapted_experts, torch.bfloat16)):
+        mine = [leaf.to(dtype if index != 1 else torch.float32).requires_grad_() for index, leaf in enumerate(leaves)]
+        additions = [LowRank(mine[2], mine[3], 2.0)], [LowRank(mine[4], mine[5], 0.5)]
+        out = run(mine[0], indices, mine[1], *(weight.to(dtype) for weight in weights), act, *additions)
+        grads = torch.autograd.grad(out, mine, upstream.to(dtype))
+        found.append([one.detach().float() for one in (out, *grads)])
+    for want, plain, got in zip(*found, strict=True):
+        limit = max(1.5 * float((plain - want).norm() / want.norm()), 2e-3)
+        assert float((got - want).norm() / want.norm()) <= limit
+    assert all(not grad[-1].any() for grad in found[-1][3:])

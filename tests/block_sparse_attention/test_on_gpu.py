@@ -6,6 +6,7 @@ import torch
 import phi35
 from phi35 import presets
 from phi35.block_sparse import BlockSparsePlan, attend_block_sparse, block_pattern, plan_sequence
+from phi35.flex_kernels import compiled
 from phi35.generation.fast_prefill import Prompt, prefill
 from phi35.generation.fast_step import DecodeStep
 
@@ -19,7 +20,10 @@ def test_kernels_see_what_exact_masks_see(first, length, gradients):
     generator = torch.Generator(device).manual_seed(0)
     num_keys = first + length
     shapes = [(1, 32, length, 128), (1, 8, num_keys, 128), (1, 8, num_keys, 128)]
-    given = [torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator) for shape in shapes]
+    # The last weighs the output in the loss. Drawn once: a running sum in bfloat16 stops at 256 on a GPU.
+    *given, weights = (
+        torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator) for shape in (*shapes, shapes[0])
+    )
     with torch.set_grad_enabled(gradients):
         plan = plan_sequence(pattern, (0, 32), first, length, num_keys, device)
         assert (plan.flex is not None) == (length >= 128)
@@ -30,10 +34,33 @@ def test_kernels_see_what_exact_masks_see(first, length, gradients):
             out = attend_block_sparse(*tensors, use, 1 / 128)
             found = [out.detach().float()]
             if gradients:
-                found += torch.autograd.grad(out, tensors, torch.ones_like(out).cumsum(2) / length)
+                found += torch.autograd.grad(out, tensors, weights.to(dtype))
             results.append(found)
     for one, other in zip(*results, strict=True):
         assert (one.float() - other.float()).norm() / other.float().norm() < 1e-2
+
+
+def test_evaluating_and_training_with_many_lengths_compiles_each_kernel_once(recwarn):
+    from torch._dynamo.utils import counters
+
+    model = phi35.create("phi-3-small-8k", num_hidden_layers=2, device="cuda", dtype="bfloat16", attention_dropout=0.0)
+    ways, graphs = compiled.cache_info().currsize, counters["stats"]["unique_graphs"]
+    for length in (1100, 1536, 2000, 2048, 1300, 3000):
+        ids = torch.randint(3, 1000, (1, length), device="cuda")
+        model.eval()
+        with torch.no_grad():
+            loss = model(ids, labels=ids).loss
+        with torch.inference_mode():
+            model(ids)
+        model.train()
+        trained = model(ids, labels=ids).loss
+        trained.backward()
+        model.zero_grad(set_to_none=True)
+        assert abs(float(trained) - float(loss)) < 1e-2
+    # Without gradients, in inference mode, and with them.
+    assert compiled.cache_info().currsize - ways == 3
+    assert counters["stats"]["unique_graphs"] - graphs == 3
+    assert not [warning for warning in recwarn if "unfused" in str(warning.message)]
 
 
 def test_a_captured_step_gives_the_models_own_logits():

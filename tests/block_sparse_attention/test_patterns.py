@@ -3,6 +3,7 @@
 import phi_3_small_reference as reference
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from phi35 import block_sparse, presets
 from phi35.block_sparse import PADDED, BlockPattern, attend_block_sparse, block_pattern, plan_places, plan_sequence
@@ -108,7 +109,10 @@ def test_padding_is_seen_by_padding_alone():
 @pytest.mark.parametrize("key_block", [16, 64])
 def test_flex_attentions_blocks_hold_what_is_seen(first, length, num_keys, key_block):
     """Blocks called whole are seen by every query in them, blocks left out by none, and the rest asks the rule."""
-    mask = block_sparse.flex_mask(SMALL, (0, 4), first, length, num_keys, CPU, key_block)
+    blocks = block_sparse.flex_blocks(
+        SMALL, (0, 4), first, length, num_keys, CPU, gradients=True, key_block=key_block, options={}
+    )
+    mask = blocks.mask
     exact = plan_sequence(SMALL, (0, 4), first, length, num_keys, CPU).mask[0]
     assert mask.shape == (1, 4, length, num_keys)
     rows, columns = -(-length // 128), -(-num_keys // key_block)
@@ -137,6 +141,14 @@ def test_flex_attentions_blocks_hold_what_is_seen(first, length, num_keys, key_b
                     assert part.any()
     heads, queries, keys = torch.arange(4)[:, None, None], torch.arange(length)[:, None], torch.arange(num_keys)
     assert torch.equal(mask.mask_mod(torch.tensor(0), heads, queries, keys), exact)
+    # What gradients read: which queries take a block of keys. As torch turns it round.
+    turned = BlockMask.from_kv_blocks(
+        mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices, mask.BLOCK_SIZE
+    )
+    for kind in ("q", "full_q"):
+        counts, order = getattr(mask, f"{kind}_num_blocks"), getattr(mask, f"{kind}_indices")
+        assert torch.equal(counts, getattr(turned, f"{kind}_num_blocks"))
+        assert torch.equal(order, getattr(turned, f"{kind}_indices"))
     if first == 0 and length > 128 and key_block == 16:
         assert kinds["whole"] and len(kinds["partial"]) + len(kinds["whole"]) < 4 * rows * columns * 0.6
 
@@ -149,7 +161,7 @@ def test_flex_attention_gives_what_the_exact_mask_gives():
     keys, values = torch.randn(2, 1, 2, 200, 16, generator=generator)
     plan = plan_sequence(SMALL, (0, 4), 70, 130, 200, CPU)
     expected = attend_block_sparse(queries, keys, values, plan, scale=0.3)
-    mask = block_sparse.flex_mask(SMALL, (0, 4), 70, 130, 200, CPU, 64)
+    mask = block_sparse.flex_blocks(SMALL, (0, 4), 70, 130, 200, CPU, gradients=True, key_block=64, options={}).mask
     with pytest.warns(UserWarning, match="without torch.compile"):
         found = flex_attention(queries, keys, values, block_mask=mask, scale=0.3, enable_gqa=True)
     # 2e-7 measured.

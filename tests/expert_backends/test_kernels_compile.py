@@ -16,7 +16,18 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from moe.kernels import decode, expert_rows, grouped_gemm, hopper_gemm, hopper_weights, mixer, routing, rows, tuning  # noqa: E402
+from moe.kernels import (  # noqa: E402
+    decode,
+    expert_rows,
+    grouped_gemm,
+    hopper_gemm,
+    hopper_weights,
+    low_rank,
+    mixer,
+    routing,
+    rows,
+    tuning,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") == "1", reason="the interpreter replaces the compiler"
@@ -92,6 +103,41 @@ def test_rows_by_experts(tmp_path: Path, transposed: bool) -> None:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    assert_fits(kernel, tmp_path, "wgmma")
+
+
+@pytest.mark.parametrize("rank", [16, 48, 64])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_rows_by_experts_with_an_addition(tmp_path: Path, transposed: bool, rank: int) -> None:
+    config, strip = low_rank._WIDE, low_rank.strip_of(rank)
+    n = config.block_n
+    arguments = {"rows": tile(128, config.block_k), "half_rows": tile(64, config.block_k), "out": tile(128, n)}
+    arguments |= {"low": tile(128, strip), "half_low": tile(64, strip), "half_out": "*bf16"}
+    for name, k in (("weights", config.block_k), ("factor", strip)):
+        arguments[name] = tile(1, n, k) if transposed else tile(1, k, n)
+    arguments |= pointers("tile_starts", "tile_experts", "starts") | numbers("num_experts", "columns", "depth")
+    constants = {"TRANSPOSED": transposed, "BLOCK_M": 128, "BLOCK_N": n, "BLOCK_K": config.block_k, "RANK": rank}
+    constants |= {"BLOCK_R": strip, "GROUP": config.group, "PROGRAMS": 132}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    kernel = compiled(low_rank._added_kernel, ASTSource, arguments, constants, **options)
+    assert_fits(kernel, tmp_path, "wgmma")
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_products_as_narrow_as_a_rank(tmp_path: Path, transposed: bool, rank: int) -> None:
+    config = low_rank._NARROW
+    k, options = config.block_k, {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    arguments = {"rows": tile(128, k), "half_rows": tile(64, k), "out": tile(128, rank), "half_out": "*bf16"}
+    arguments |= {"weights": tile(1, rank, k) if transposed else tile(1, k, rank)}
+    arguments |= pointers("tile_starts", "tile_experts", "starts") | numbers("num_experts", "columns", "depth")
+    tiles = {"BLOCK_M": 128, "BLOCK_N": rank, "BLOCK_K": k, "GROUP": config.group, "PROGRAMS": 132, "FLATTEN": False}
+    constants = {"TRANSPOSED": transposed, **tiles}
+    kernel = compiled(grouped_gemm._rows_by_experts_kernel, ASTSource, arguments, constants, **options)
+    assert_fits(kernel, tmp_path, "wgmma")
+    arguments = {"left_rows": tile(k, 128), "right_rows": tile(k, rank), "out": tile(1, 128, rank)}
+    arguments |= pointers("starts", "counts") | numbers("num_experts", "height", "columns")
+    kernel = compiled(grouped_gemm._rows_by_rows_kernel, ASTSource, arguments, tiles, **options)
     assert_fits(kernel, tmp_path, "wgmma")
 
 

@@ -1,6 +1,10 @@
 """Experts in host memory give what experts in place give, to the bit, however few have a place on the device."""
 
 import functools
+import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +85,15 @@ def test_logits_are_the_same_to_the_bit(changes: dict[str, object], places: int)
         )
         assert torch.equal(found, expected)
     assert torch.equal(model(ids[:1]).logits, plain(ids[:1]).logits)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_triton_kernels_give_the_same_bits_in_rounds_and_groups() -> None:
+    """The kernels for few and for many tokens, in Triton's interpreter, with weights unlike one."""
+    script = Path(__file__).parents[1] / "support" / "interpreted_offload.py"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout) == dict.fromkeys(("rounds", "four_choices", "few_tokens", "one_token"), 0)
 
 
 @torch.no_grad()

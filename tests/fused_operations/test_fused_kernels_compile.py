@@ -121,6 +121,12 @@ CASES = {
         {"GRADIENT": True, "BLOCK": 8192},
         16,
     ),
+    "scale": (
+        cross_entropy._scale_kernel,
+        {"values out": BF16, "factor": FP32, "count": "i32"},
+        {"BLOCK": 2048},
+        8,
+    ),
     "adamw": (
         adamw._adamw_kernel,
         {
@@ -161,6 +167,6 @@ def test_kernel(tmp_path, record_property, case):
     record_property("registers", registers)
     print(case, "registers", registers)
     assert stack == 0
-    assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", kernel.asm["ptx"]), "no load of 16 bytes"
+    assert re.search(r"ld\.global(\.[\w:]+)*\.v4\.b32", kernel.asm["ptx"]), "no load of 16 bytes"
     if case != "squares":  # one number a program
-        assert re.search(r"st\.global(\.\w+)*\.v4\.b32", kernel.asm["ptx"]), "no store of 16 bytes"
+        assert re.search(r"st\.global(\.[\w:]+)*\.v4\.b32", kernel.asm["ptx"]), "no store of 16 bytes"

@@ -54,8 +54,11 @@ def test_half_precision_within_rounding(report: dict[str, Any], name: str) -> No
     assert max(report[f"half {name}"].values()) < 2e-3
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse", "mixed"])
+@pytest.mark.parametrize("name", ["dense", "in one group", "sparse", "mixed"])
 def test_whole_steps_equal_the_forward_pass(report: dict[str, Any], name: str) -> None:
     errors = report[f"step {name}"]
-    # Measured: at most 1.1e-4, two layers deep.
+    # Measured: at most 1.8e-4, two layers deep.
     assert errors["wrong"] == 0 and errors["logits"] < 5e-4
+    # o_proj, the two products of a dense feed-forward and, but for the first layer, qkv find their vector prepared.
+    # LayerNorms are not left: there o_proj and down_proj, of a dense layer and of a shared expert.
+    assert errors["prepared"] == {"dense": 7, "in one group": 7, "sparse": 1, "mixed": 4}[name]

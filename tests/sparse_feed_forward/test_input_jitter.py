@@ -1,8 +1,10 @@
 """The noise of a sparse layer's input, made by the fused norm before it."""
 
+import pytest
 import torch
 
 import phi35
+from phi35.fused import add_norm
 from phi35.jitter import Jitter
 from phi35.training.acceleration import fuse
 
@@ -73,3 +75,28 @@ def test_recomputed_layers_see_the_same_noise():
         model.gradient_checkpointing = form
         for found, one in zip(loss_and_gradients(model, seed=5), wanted, strict=True):
             assert torch.equal(found, one), form
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("subtract_mean", [False, True])
+def test_the_kernels_make_the_same_noise(subtract_mean):
+    generator = torch.Generator("cuda").manual_seed(0)
+    inputs = [torch.randn(300, 4096, device="cuda", generator=generator) for _ in range(2)]
+    inputs += [torch.randn(4096, device="cuda", generator=generator) for _ in range(2)]
+    upstream = torch.randn(2, 300, 4096, device="cuda", generator=generator)
+    jitter = Jitter.draw(0.3, torch.device("cuda"))
+    results = []
+    for kernels in (True, False):
+        own = [value.clone().requires_grad_() for value in inputs]
+        bias = own[3] if subtract_mean else None
+        if kernels:
+            total, normed = add_norm(*own[:3], bias, 1e-5, subtract_mean, jitter)
+        else:
+            total = own[0] + own[1]
+            centred = total - total.mean(-1, keepdim=True) if subtract_mean else total
+            normed = centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * own[2]
+            normed = (normed if bias is None else normed + bias) * jitter.noise(normed)
+        torch.autograd.backward((total, normed), tuple(upstream))
+        results.append([total, normed, *(value.grad for value in own[: 3 + subtract_mean])])
+    for one, other in zip(*results, strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-5

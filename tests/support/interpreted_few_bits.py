@@ -24,7 +24,8 @@ from phi35.quantization.codes import QuantizedTensor, dequantize, round_to_neare
 from phi35.quantization.config import QuantizationConfig, WeightFormat
 from phi35.quantization.kernels import matrix, vector
 from phi35.quantization.kernels.operations import FewBitOperations
-from phi35.quantization.kernels.vector import WordConfig
+from phi35.quantization.kernels.prepared import Prepared
+from phi35.quantization.kernels.shapes import FewBitShapes, WordConfig
 
 FORMATS = {
     "int4": WeightFormat(),
@@ -109,28 +110,40 @@ def experts_case(one: WeightFormat, tokens: int, top_k: int, act: str, dtype: to
 
 
 @torch.no_grad()
-def step_case(name: str, quantization: QuantizationConfig, steps: int, **changes: object) -> dict[str, float]:
+def step_case(
+    name: str, quantization: QuantizationConfig, steps: int, shapes: FewBitShapes | None = None, **changes: object
+) -> dict[str, float]:
     """Whole steps of one token beside the model's forward pass."""
     small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     small |= {"head_dim": 16, "vocab_size": 96, "stop_token_ids": (90,), "eos_token_id": 90, "pad_token_id": 90}
     model = phi35.create(name, seed=0, initializer_range=0.2, quantization=quantization, **(small | changes))
     ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
-    caches = [model.new_cache(1, 32) for _ in range(2)]
+    caches = [model.new_cache(1, 64) for _ in range(2)]
     tokens = [model(ids, past_key_values=cache).logits[:, -1].argmax(dim=-1) for cache in caches][0]
     one = AttentionConfig(block=16, num_warps=1)
     tuning = StepTuning(one=one, grouped=one)
     step = DecodeStep(model, caches[0], tuning=tuning, plain=True)
     heads, window = model.config.num_attention_heads, model.config.sliding_window
     step.operations = FewBitOperations(model.config.hidden_act, window, caches[0].layer(0), heads, tuning, False)
+    step.operations.follow(model.model)
+    step.operations.shapes = shapes or FewBitShapes()
     step.state.tokens.copy_(tokens)
-    worst, wrong = 0.0, 0
+    worst, wrong, sources = 0.0, 0, []
+    take = step.operations._take
+
+    def counted(linear: object) -> Prepared | None:
+        sources.append(take(linear))
+        return sources[-1]
+
+    step.operations._take = counted  # type: ignore[method-assign]
     for _ in range(steps):
         expected = model(tokens[:, None], past_key_values=caches[1]).logits[:, -1]
         step.run()
         worst = max(worst, relative(step.logits, expected))
         tokens = expected.argmax(dim=-1)
         wrong += int(tokens != step.state.tokens)
-    return {"logits": worst, "wrong": float(wrong)}
+    prepared = sum(source is not None for source in sources) / steps
+    return {"logits": worst, "wrong": float(wrong), "prepared": prepared}
 
 
 if __name__ == "__main__":
@@ -150,8 +163,11 @@ if __name__ == "__main__":
     report["experts fp8"] = experts_case(row, 4, 1, "silu", single)
     report["half experts"] = experts_case(small, 9, 2, "silu", half)
     report["step dense"] = step_case(
-        "tiny-phi-3.5-mini", QuantizationConfig(linear=small, head=row, embedding=small), 2, num_hidden_layers=1
+        "tiny-phi-3.5-mini", QuantizationConfig(linear=small, head=row, embedding=small), 1, num_hidden_layers=2
     )
+    bytes_zeros = QuantizationConfig(linear=WeightFormat(bits=8, group_size=32, symmetric=False))
+    single_groups = FewBitShapes(WordConfig(8, 2), WordConfig(8, 1), WordConfig(16, 1), WordConfig(16, 2))
+    report["step in one group"] = step_case("tiny-phi-3.5-mini", bytes_zeros, 1, single_groups, num_hidden_layers=2)
     zeros = QuantizationConfig(linear=FORMATS["int4_g32_zeros"])
     report["step sparse"] = step_case("tiny-phi-3.5-moe", zeros, 1, num_hidden_layers=1)
     mixed = {"shared_expert_intermediate_size": 32, "decoder_sparse_step": 2, "dense_intermediate_size": 64}

@@ -99,8 +99,8 @@ def test_gradient_checkpointing_keeps_the_gradient(folder: Path, reentrant: bool
 
 
 def test_what_is_not_supported_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="expected one device"):
-        AutoModelForCausalLM.from_pretrained(folder, device_map={"causal_lm.model": 0, "causal_lm.lm_head": 1})
+    with pytest.raises(ValueError, match="cuda:98"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map={"causal_lm.model": 98, "causal_lm.lm_head": 99})
     with pytest.raises(ValueError, match="quantization_config"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config={"bits": 4})
 

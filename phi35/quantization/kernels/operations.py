@@ -8,16 +8,44 @@ from typing import Any
 import torch
 
 from phi35.feed_forward import GatedMLP
-from phi35.kernels.operands import LayerCache, Norm, Rope, StepState
+from phi35.kernels.operands import LayerCache, Norm, Rope, StepState, norm_of
 from phi35.kernels.operations import VectorOperations
 from phi35.quantization.codes import QuantizedTensor
 from phi35.quantization.kernels import vector as kernels
+from phi35.quantization.kernels.prepared import Prepared, buffer_words
+from phi35.quantization.kernels.shapes import SPAN, FewBitShapes, WordConfig, choose
 from phi35.quantization.modules import QuantizedHead, QuantizedLinear
 from phi35.registry import resolve
 
 
 class FewBitOperations(VectorOperations):
-    """One token on CUDA; each product of a quantized weight is one kernel, with norm, gate and residual in it."""
+    """One token on CUDA; each product of a quantized weight is one kernel, with norm, gate and residual in it.
+
+    Where a product's result goes to another product in few bits, its kernel leaves it there as integers too
+    (``prepared``); ``follow`` says which those are.
+
+    Attributes:
+        shapes: how the kernels run; set before the step is captured.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.shapes = FewBitShapes()
+        self._readers: dict[int, tuple[Any, Norm]] = {}
+        self._buffers: dict[tuple[int, bool], torch.Tensor] = {}
+        self._left: tuple[Any, Prepared] | None = None
+
+    def follow(self, decoder: Any) -> None:
+        """Note which product reads what a residual product writes, and behind which norm."""
+        layers = list(decoder.layers)
+        for layer, after in zip(layers, [*layers[1:], None], strict=True):
+            if type(layer.mlp) is not GatedMLP:
+                continue
+            norm = norm_of(layer.post_attention_layernorm)
+            self._readers[id(layer.self_attn.o_proj)] = (layer.mlp.gate_up_proj, norm)
+            if after is not None:
+                norm = norm_of(after.input_layernorm)
+                self._readers[id(layer.mlp.down_proj)] = (after.self_attn.qkv_proj, norm)
 
     def project_qkv(
         self,
@@ -30,22 +58,42 @@ class FewBitOperations(VectorOperations):
         cache: LayerCache,
     ) -> None:
         """See ``PlainOperations``."""
-        weight = few_bits(linear)
+        weight, source = few_bits(linear), self._take(linear)
         if weight is None:
             return super().project_qkv(hidden, norm, linear, rope, state, query, cache)
+        config = self._config(self.shapes.qkv, weight, source)
         if cache.kind is not None:
             projected = self._projected.setdefault(weight.shape[0], hidden.new_empty(1, weight.shape[0]))
-            kernels.project(hidden, norm, weight, linear.bias, projected, kernels.choose(weight), self.pdl)
+            kernels.project(hidden, norm, weight, linear.bias, projected, config, self.pdl, source=source)
             return self._rotate_and_store(projected, rope, state, query, cache)
         inputs = (hidden, norm, weight, linear.bias, rope, state.lengths, state.rope_long)
-        kernels.project_qkv(*inputs, query, cache, kernels.choose(weight), self.pdl)
+        kernels.project_qkv(*inputs, query, cache, config, self.pdl, source)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        cache: LayerCache,
+        state: StepState,
+        out: torch.Tensor,
+        following: tuple[Any, Any],
+    ) -> None:
+        """See ``PlainOperations``."""
+        target = None
+        if self.shapes.attention and self.attention_config.splits > 1:
+            target = self._target(following[0], None, query.shape[1], cache.head_dim)
+        options = (self.scratch, self.window, self.attention_config, self.pdl, self._ahead(*following), target)
+        self._attention.attend(query, cache, state.lengths, out, *options)
 
     def project_add(self, vector: torch.Tensor, linear: Any, hidden: torch.Tensor) -> None:
         """See ``PlainOperations``."""
-        weight = few_bits(linear)
+        weight, source = few_bits(linear), self._take(linear)
         if weight is None:
             return super().project_add(vector, linear, hidden)
-        kernels.project(vector, None, weight, linear.bias, hidden, kernels.choose(weight), self.pdl, add=True)
+        given = self.shapes.short_add if weight.shape[1] <= 4096 else self.shapes.long_add
+        config = self._config(given, weight, source)
+        reader, norm = self._readers.get(id(linear), (None, None))
+        target = self._target(reader, norm, weight.shape[0], config.rows)
+        kernels.project(vector, None, weight, linear.bias, hidden, config, self.pdl, True, source, target)
 
     def dense(self, hidden: torch.Tensor, norm: Norm, mlp: Any) -> None:
         """See ``PlainOperations``."""
@@ -68,14 +116,53 @@ class FewBitOperations(VectorOperations):
         weight = few_bits(head)
         if weight is None:
             return super().project_logits(hidden, norm, head, logits)
-        kernels.project(hidden, norm, weight, head.bias, logits, kernels.choose(weight), self.pdl)
+        kernels.project(hidden, norm, weight, head.bias, logits, choose(weight), self.pdl)
 
     def _gate_up_down(self, source: torch.Tensor, norm: Norm, mlp: Any, hidden: torch.Tensor) -> None:
         """hidden += the feed-forward of the normed source."""
-        weight = mlp.gate_up_proj.held()
+        weight, left = mlp.gate_up_proj.held(), self._take(mlp.gate_up_proj)
         acted = self._acted.setdefault(weight.shape[0], source.new_empty(1, weight.shape[0] // 2))
-        kernels.project_gate_up(source, norm, weight, acted, self.hidden_act, kernels.choose(weight), self.pdl)
+        config = self._config(self.shapes.gate_up, weight, left, gated=True)
+        target = self._target(mlp.down_proj, None, weight.shape[0] // 2, config.rows // 2)
+        kernels.project_gate_up(source, norm, weight, acted, self.hidden_act, config, self.pdl, left, target)
         self.project_add(acted, mlp.down_proj, hidden)
+
+    def _config(
+        self, given: WordConfig | None, weight: QuantizedTensor, source: Prepared | None, gated: bool = False
+    ) -> WordConfig:
+        """The shape that was asked for, unless it needs a prepared vector where there is none."""
+        if given is None or (source is None and given.groups > 1):
+            return choose(weight, source is not None, gated)
+        return given
+
+    def _target(self, reader: Any, norm: Norm | None, width: int, rows: int) -> Prepared | None:
+        """Where to leave a vector of ``width`` for the product ``reader``, from programs of ``rows`` rows; or None."""
+        weight = None if reader is None else few_bits(reader)
+        if weight is None or weight.format.type != "int" or (norm is not None and norm.kind != "rmsnorm"):
+            return None
+        if not self.shapes.prepares or rows % SPAN or width % rows or width % (2 * SPAN):
+            return None
+        # A kernel may read one vector and leave another of the same width.
+        place = width, norm is None
+        if place not in self._buffers:
+            self._buffers[place] = torch.zeros(buffer_words(width), dtype=torch.int32, device=weight.codes.device)
+        prepared = Prepared(self._buffers[place], weight.format.kind, norm, 0 if norm is None else width // rows)
+        self._left = reader, prepared
+        return prepared
+
+    def _take(self, linear: Any) -> Prepared | None:
+        """What the kernel before has left for this product, or None."""
+        left, self._left = self._left, None
+        return left[1] if left is not None and left[0] is linear else None
+
+    def _ahead(self, linear: Any, mlp: Any) -> tuple[torch.Tensor, ...]:
+        """The first gate and up codes; those of o_proj come by its own early start."""
+        weight = few_bits(mlp.gate_up_proj) if type(mlp) is GatedMLP else None
+        if not self.pdl or weight is None:
+            return super()._ahead(linear, mlp)
+        half, codes = weight.shape[0] // 2, weight.codes
+        rows = min(half, self.shapes.ahead_bytes // (2 * codes.element_size() * codes.shape[1]))
+        return (codes[:rows], codes[half : half + rows]) if rows else ()
 
 
 def few_bits(linear: Any) -> QuantizedTensor | None:

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from phi35.quantization.codes import QuantizedTensor
 from phi35.quantization.config import WeightFormat
 from phi35.quantization.kernels import matrix, vector
+from phi35.quantization.kernels.shapes import choose
 
 RESTORED_VALUES = 2**26
 """Weights that are restored at once for many tokens (128 MiB in bfloat16)."""
@@ -51,7 +52,7 @@ def quantized_product(
         return hidden_states.new_empty((0, rows))
     if num_tokens == 1:
         out = hidden_states.new_empty((1, rows))
-        vector.project(hidden_states.contiguous(), None, weight, bias, out, vector.choose(weight), pdl=False)
+        vector.project(hidden_states.contiguous(), None, weight, bias, out, choose(weight), pdl=False)
         return out
     # Matrix units would round float32 activations.
     if num_tokens <= matrix.MAX_TOKENS and hidden_states.dtype != torch.float32:

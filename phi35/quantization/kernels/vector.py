@@ -4,7 +4,6 @@ A program owns a few rows and asks for their codes and scales before it waits fo
 the residual are fused in. Codes are read once, in the layout in which they are stored.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,61 +13,17 @@ import triton.language as tl
 from phi35.kernels.common import activate, launch_options, slot_offset, wait_for_predecessor
 from phi35.kernels.operands import LayerCache, Norm, Rope
 from phi35.quantization.codes import QuantizedTensor
-from phi35.quantization.kernels.words import dot_rows, hold_rows, load_halves, load_norm_halves, spread
-
-
-@dataclass(frozen=True)
-class WordConfig:
-    """Shape of a program.
-
-    Attributes:
-        rows: weight rows per program: 1, 2, 4, 8 or 16.
-        num_warps: warps that share each row, 16 columns a lane and load.
-    """
-
-    rows: int = 4
-    num_warps: int = 4
-
-    def __post_init__(self) -> None:
-        assert self.rows in (1, 2, 4, 8, 16), "sums of rows are joined pair by pair"
-
-
-HELD_WORDS = 144
-"""32-bit registers of a lane that may wait for codes and scales, so that nothing is spilled."""
-
-PROGRAMS = 264
-"""Programs that a product should have at least: two for each multiprocessor of an H100 or H200."""
-
-
-def choose(weight: QuantizedTensor) -> WordConfig:
-    """The shape of a program for a weight: the fewest instructions a weight, among those with programs enough."""
-    num_rows, width = weight.shape[-2:]
-    fitting = [config for config in SHAPES if held_words(config, weight) <= HELD_WORDS]
-    many = [config for config in fitting if num_rows >= PROGRAMS * config.rows]
-    return min(many or fitting, key=lambda config: _instructions(config, width))
-
-
-def held_words(config: WordConfig, weight: QuantizedTensor) -> int:
-    """Registers of a lane that wait for codes and scales."""
-    return config.rows * _chunks(config, weight.shape[-1]) * ((2 if weight.format.bits == 4 else 4) + 1)
-
-
-def _chunks(config: WordConfig, width: int) -> int:
-    """How many times a lane's 16 columns make a row."""
-    return -(-width // (512 * config.num_warps))
-
-
-def _instructions(config: WordConfig, width: int) -> float:
-    """Instructions a weight, as counted in compiled kernels.
-
-    220 to prepare a lane's 16 columns, 21 to multiply them with a row's codes, 20 to add up a row over the lanes.
-    """
-    chunks = _chunks(config, width)
-    return (220 * chunks + config.rows * (21 * chunks + 20)) * 32 * config.num_warps / (config.rows * width)
-
-
-SHAPES = tuple(WordConfig(rows, num_warps) for num_warps in (2, 4, 8) for rows in (1, 2, 4, 8, 16))
-"""Shapes that are thought of."""
+from phi35.quantization.kernels.prepared import (
+    Prepared,
+    leave_vector,
+    leaving,
+    left_norms,
+    reading,
+    take_norm,
+    take_vector,
+)
+from phi35.quantization.kernels.shapes import WordConfig
+from phi35.quantization.kernels.words import dot_rows, hold_rows
 
 
 def operands(weight: QuantizedTensor) -> tuple[Any, ...]:
@@ -83,7 +38,7 @@ def constants(weight: QuantizedTensor, config: WordConfig) -> dict[str, Any]:
     one, width = weight.format, weight.shape[-1]
     return {
         "WIDTH": width,
-        "LANES": 32 * config.num_warps,
+        "LANES": config.lanes,
         "KIND": one.kind,
         "GROUP": one.group_size or width,
         "ZEROS": not one.symmetric,
@@ -109,13 +64,15 @@ def project_qkv(
     cache: LayerCache,
     config: WordConfig,
     pdl: bool,
+    source: Prepared | None = None,
 ) -> None:
-    """See ``phi35.kernels.vector.project_qkv``."""
+    """See ``phi35.kernels.vector.project_qkv``; ``source`` stands for the normed hidden."""
     num_kv, head_dim = cache.num_kv, cache.head_dim
-    pairs = max(1, config.rows // 2)
-    while (head_dim // 2) % pairs:
+    pairs = max(1, config.rows // 2 // config.groups)
+    while (head_dim // 2) % (pairs * config.groups):
         pairs //= 2
-    _qkv_kernel[(weight.shape[0] // (2 * pairs),)](
+    assert pairs > 0, "a head of half a multiple of 4 dimensions has pairs for up to four groups"
+    _qkv_kernel[(weight.shape[0] // (2 * pairs * config.groups),)](
         hidden,
         norm.weight,
         norm.bias,
@@ -137,9 +94,11 @@ def project_qkv(
         NUM_KV=num_kv,
         HALF=head_dim // 2,
         PAIRS=pairs,
+        GROUPS=config.groups,
         PAGE=cache.page_size,
+        **reading(source, weight.codes),
         **constants(weight, config),
-        **launch_options(config.num_warps, pdl),
+        **launch_options(config.num_warps, pdl, config.registers),
     )
 
 
@@ -152,8 +111,13 @@ def project(
     config: WordConfig,
     pdl: bool,
     add: bool = False,
+    source: Prepared | None = None,
+    target: Prepared | None = None,
 ) -> None:
-    """out (1, N) = or, with ``add``, += product of the normed vector (1, W) with weight (N, W), plus bias (N,)."""
+    """out (1, N) = or, with ``add``, += product of the normed vector (1, W) with weight (N, W), plus bias (N,).
+
+    ``source`` stands for the normed vector; in ``target`` out is left for the next kernel.
+    """
     num_rows = weight.shape[0]
     _project_kernel[(triton.cdiv(num_rows, config.rows),)](
         vector,
@@ -167,10 +131,13 @@ def project(
         NORM="none" if norm is None else norm.kind,
         BIAS=bias is not None,
         ADD=add,
-        ROWS=config.rows,
+        ROWS=config.rows // config.groups,
+        GROUPS=config.groups,
         EVEN=num_rows % config.rows == 0,
+        **reading(source, weight.codes),
+        **leaving(target, weight.codes),
         **constants(weight, config),
-        **launch_options(config.num_warps, pdl),
+        **launch_options(config.num_warps, pdl, config.registers),
     )
 
 
@@ -182,8 +149,13 @@ def project_gate_up(
     hidden_act: str,
     config: WordConfig,
     pdl: bool,
+    source: Prepared | None = None,
+    target: Prepared | None = None,
 ) -> None:
-    """acted (1, F) = act(gate) * up of the normed hidden (1, D); weight (2F, D), gate first."""
+    """acted (1, F) = act(gate) * up of the normed hidden (1, D); weight (2F, D), gate first.
+
+    ``source`` stands for the normed hidden; with ``target`` acted is left there alone.
+    """
     half, rows = weight.shape[0] // 2, max(1, config.rows // 2)
     _gate_up_kernel[(triton.cdiv(half, rows),)](
         hidden,
@@ -195,10 +167,13 @@ def project_gate_up(
         half,
         NORM=norm.kind,
         ACT=hidden_act,
-        ROWS=rows,
+        ROWS=rows // config.groups,
+        GROUPS=config.groups,
         EVEN=half % rows == 0,
+        **reading(source, weight.codes),
+        **leaving(target, weight.codes),
         **constants(weight, config),
-        **launch_options(config.num_warps, pdl),
+        **launch_options(config.num_warps, pdl, config.registers),
     )
 
 
@@ -222,13 +197,18 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     values,
     table,
     capacity,
+    prepared,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV: tl.constexpr,
     HALF: tl.constexpr,
     PAIRS: tl.constexpr,
+    GROUPS: tl.constexpr,
     PAGE: tl.constexpr,
+    PREPARED: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
     KIND: tl.constexpr,
@@ -238,16 +218,19 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    per_head: tl.constexpr = HALF // PAIRS
+    pairs: tl.constexpr = PAIRS * GROUPS
+    per_head: tl.constexpr = HALF // pairs
     num_rows: tl.constexpr = (NUM_HEADS + 2 * NUM_KV) * 2 * HALF
     head = tl.program_id(0) // per_head
-    start = (tl.program_id(0) % per_head) * PAIRS
-    element = start + tl.arange(0, PAIRS)
+    start = (tl.program_id(0) % per_head) * pairs
+    element = start + tl.arange(0, pairs)
     low_row = head * (2 * HALF) + start
     high_row = low_row + HALF
-    low_held = hold_rows(codes, scale, zeros, low_row, num_rows, PAIRS, WIDTH, LANES, KIND, GROUP, ZEROS, True)
-    high_held = hold_rows(codes, scale, zeros, high_row, num_rows, PAIRS, WIDTH, LANES, KIND, GROUP, ZEROS, True)
-    norms, norm_biases = load_norm_halves(norm_weight, norm_bias, NORM, WIDTH, LANES)
+    low_held = hold_rows(codes, scale, zeros, low_row, num_rows, PAIRS, WIDTH, LANES, KIND, GROUP, ZEROS, True, GROUPS)
+    high_held = hold_rows(
+        codes, scale, zeros, high_row, num_rows, PAIRS, WIDTH, LANES, KIND, GROUP, ZEROS, True, GROUPS
+    )
+    norms, norm_biases = take_norm(norm_weight, norm_bias, PREPARED, NORM, WIDTH, LANES)
     # The sampler at the end of the previous step wrote these two, a whole step ago.
     position = tl.load(lengths)
     factors = tl.load(rope_long).to(tl.int32)
@@ -260,10 +243,17 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     cos = tl.where(turned, (tl.cos(angle) * multiplier).to(kind).to(tl.float32), 1.0)
     sin = tl.where(turned, (tl.sin(angle) * multiplier).to(kind).to(tl.float32), 0.0)
     wait_for_predecessor(PDL)
-    tiles = load_halves(hidden, WIDTH, LANES)
-    places = spread(tiles, norms, norm_biases, eps, NORM, WIDTH, LANES, KIND, ASM)
-    low = dot_rows(low_held, places, row_scale, low_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
-    high = dot_rows(high_held, places, row_scale, high_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
+    span: tl.constexpr = 8 if PREPARED else 16
+    places, factor = take_vector(
+        hidden, prepared, norms, norm_biases, eps, PREPARED, PARTS, PADDED_PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS
+    )
+    low = dot_rows(
+        low_held, places, row_scale, low_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+    )
+    high = dot_rows(
+        high_held, places, row_scale, high_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+    )
+    low, high = low * factor, high * factor
     if BIAS:
         low += tl.load(bias + head * (2 * HALF) + element).to(tl.float32)
         high += tl.load(bias + head * (2 * HALF) + HALF + element).to(tl.float32)
@@ -293,11 +283,20 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     bias,
     out,
     num_rows,
+    prepared,
+    left,
+    left_norm,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
     EVEN: tl.constexpr,
+    PREPARED: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+    LEFT: tl.constexpr,
+    LEFT_NORM: tl.constexpr,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
     KIND: tl.constexpr,
@@ -307,22 +306,47 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    first = tl.program_id(0) * ROWS
-    rows = first + tl.arange(0, ROWS)
+    all_rows: tl.constexpr = ROWS * GROUPS
+    first = tl.program_id(0) * all_rows
+    rows = first + tl.arange(0, all_rows)
     inside = rows < num_rows
-    held = hold_rows(codes, scale, zeros, first, num_rows, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN)
-    norms, norm_biases = load_norm_halves(norm_weight, norm_bias, NORM, WIDTH, LANES)
+    held = hold_rows(codes, scale, zeros, first, num_rows, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN, GROUPS)
+    norms, norm_biases = take_norm(norm_weight, norm_bias, PREPARED, NORM, WIDTH, LANES)
     if BIAS:
         added = tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+    if LEFT != "none":
+        next_norms = left_norms(left_norm, first, all_rows, LEFT_NORM)
     wait_for_predecessor(PDL)
-    tiles = load_halves(vector, WIDTH, LANES)
-    places = spread(tiles, norms, norm_biases, eps, NORM, WIDTH, LANES, KIND, ASM)
-    total = dot_rows(held, places, row_scale, first, num_rows, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
+    if ADD:
+        residual = tl.load(out + rows, mask=inside, other=0.0).to(tl.float32)
+    span: tl.constexpr = 8 if PREPARED else 16
+    places, factor = take_vector(
+        vector, prepared, norms, norm_biases, eps, PREPARED, PARTS, PADDED_PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS
+    )
+    total = dot_rows(
+        held, places, row_scale, first, num_rows, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+    )
+    total *= factor
     if BIAS:
         total += added
     if ADD:
-        total += tl.load(out + rows, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + rows, total.to(out.dtype.element_ty), mask=inside)
+        total += residual
+    rounded = total.to(out.dtype.element_ty)
+    tl.store(out + rows, rounded, mask=inside)
+    if LEFT != "none":
+        tl.static_assert(EVEN)
+        leave_vector(
+            left,
+            rounded.to(tl.float32),
+            next_norms,
+            first,
+            tl.program_id(0),
+            num_rows,
+            all_rows,
+            all_rows,
+            LEFT,
+            LEFT_NORM,
+        )
 
 
 @triton.jit
@@ -337,10 +361,19 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     row_scale,
     acted,
     half,
+    prepared,
+    left,
+    left_norm,
     NORM: tl.constexpr,
     ACT: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
     EVEN: tl.constexpr,
+    PREPARED: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+    LEFT: tl.constexpr,
+    LEFT_NORM: tl.constexpr,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
     KIND: tl.constexpr,
@@ -350,15 +383,31 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    first = tl.program_id(0) * ROWS
-    rows = first + tl.arange(0, ROWS)
+    all_rows: tl.constexpr = ROWS * GROUPS
+    first = tl.program_id(0) * all_rows
+    rows = first + tl.arange(0, all_rows)
     up_first = half + first
-    gate_held = hold_rows(codes, scale, zeros, first, half, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN)
-    up_held = hold_rows(codes, scale, zeros, up_first, 2 * half, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN)
-    norms, norm_biases = load_norm_halves(norm_weight, norm_bias, NORM, WIDTH, LANES)
+    gate_held = hold_rows(codes, scale, zeros, first, half, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN, GROUPS)
+    up_held = hold_rows(codes, scale, zeros, up_first, 2 * half, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN, GROUPS)
+    norms, norm_biases = take_norm(norm_weight, norm_bias, PREPARED, NORM, WIDTH, LANES)
+    if LEFT != "none":
+        next_norms = left_norms(left_norm, first, all_rows, LEFT_NORM)
     wait_for_predecessor(PDL)
-    tiles = load_halves(hidden, WIDTH, LANES)
-    places = spread(tiles, norms, norm_biases, eps, NORM, WIDTH, LANES, KIND, ASM)
-    gate = dot_rows(gate_held, places, row_scale, first, half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
-    up = dot_rows(up_held, places, row_scale, up_first, 2 * half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
-    tl.store(acted + rows, (activate(gate, ACT) * up).to(acted.dtype.element_ty), mask=rows < half)
+    span: tl.constexpr = 8 if PREPARED else 16
+    places, factor = take_vector(
+        hidden, prepared, norms, norm_biases, eps, PREPARED, PARTS, PADDED_PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS
+    )
+    gate = dot_rows(
+        gate_held, places, row_scale, first, half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+    )
+    up = dot_rows(
+        up_held, places, row_scale, up_first, 2 * half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+    )
+    value = (activate(gate * factor, ACT) * (up * factor)).to(acted.dtype.element_ty)
+    if LEFT == "none":
+        tl.store(acted + rows, value, mask=rows < half)
+    else:
+        tl.static_assert(EVEN)
+        leave_vector(
+            left, value.to(tl.float32), next_norms, first, tl.program_id(0), half, all_rows, all_rows, LEFT, LEFT_NORM
+        )

@@ -13,11 +13,38 @@ rate, of every kind; these take about two, prepared vector included.
 import triton
 import triton.language as tl
 
-_LEVELS = tl.constexpr(32639.0)
+LEVELS = tl.constexpr(32639.0)
 """The largest 16-bit integer whose high byte, rounded, is a signed byte."""
 
-_ROUND = tl.constexpr(12582912.0)
+ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23, in whose bits the two lowest bytes are 0."""
+
+
+@triton.jit
+def lanes(LANES: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Numbers of lanes within their group: (LANES,), or (GROUPS, LANES) for more than one."""
+    if GROUPS == 1:
+        return tl.arange(0, LANES)
+    else:
+        return tl.broadcast_to(tl.arange(0, LANES)[None, :], (GROUPS, LANES))
+
+
+@triton.jit
+def several(first, STEP: tl.constexpr, COUNT: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``first`` times STEP plus 0 to COUNT - 1, along a new last dimension."""
+    if GROUPS == 1:
+        return first[:, None] * STEP + tl.arange(0, COUNT)[None, :]
+    else:
+        return first[:, :, None] * STEP + tl.arange(0, COUNT)[None, None, :]
+
+
+@triton.jit
+def _rows_of_groups(LANES: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which row of a program each group begins at, in the shape of ``lanes``."""
+    if GROUPS == 1:
+        return tl.zeros((LANES,), tl.int32)
+    else:
+        return tl.broadcast_to(tl.arange(0, GROUPS)[:, None] * ROWS, (GROUPS, LANES))
 
 
 @triton.jit
@@ -34,41 +61,46 @@ def hold_rows(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     EVEN: tl.constexpr,
+    GROUPS: tl.constexpr = 1,
 ):
     """Codes, scales and zero points of rows first to first + ROWS, all loads in flight at once; three flat tuples.
 
-    Rows past the last repeat it unless EVEN.
+    Rows past the last repeat it unless EVEN. Of several GROUPS of lanes each has ROWS rows of its own, one behind the
+    other.
     """
     per: tl.constexpr = 8 if KIND == "int4" else 4
     bits: tl.constexpr = 32 // per
     each: tl.constexpr = 16 // per
-    lane = tl.arange(0, LANES)
+    lane = lanes(LANES, GROUPS)
+    own = _rows_of_groups(LANES, ROWS, GROUPS)
     words = ()
     scales = ()
     points = ()
     start = tl.cast(first, tl.int64)
     for index in tl.static_range(ROWS):
         # One address for all rows, to which the constants of the others are added in the loads themselves.
-        row = start + index if EVEN else tl.minimum(first + index, num_rows - 1).to(tl.int64)
+        row = start + own + index if EVEN else tl.minimum(first + own + index, num_rows - 1).to(tl.int64)
         for chunk in tl.static_range((WIDTH + 16 * LANES - 1) // (16 * LANES)):
             column = (chunk * LANES + lane) * 16
-            word = (chunk * LANES + lane)[:, None] * each + tl.arange(0, each)[None, :]
             if EVEN:
+                word = several(own * (WIDTH // 16) + chunk * LANES + lane, each, each, GROUPS)
                 at = codes + start * (WIDTH // per) + word + index * (WIDTH // per)
-                group = scale + start * (WIDTH // GROUP) + column // GROUP + index * (WIDTH // GROUP)
+                place = own * (WIDTH // GROUP) + column // GROUP
+                group = scale + start * (WIDTH // GROUP) + place + index * (WIDTH // GROUP)
             else:
-                at = codes + row * (WIDTH // per) + word
+                at = codes + several(row * (WIDTH // 16) + chunk * LANES + lane, each, each, GROUPS)
                 group = scale + row * (WIDTH // GROUP) + column // GROUP
             if (chunk + 1) * LANES * 16 <= WIDTH:
                 found = tl.load(at, eviction_policy="evict_first")
                 factor = tl.load(group)
             else:
-                found = tl.load(at, mask=word < WIDTH // per, other=0, eviction_policy="evict_first")
+                inside = several(column, 1, each, GROUPS) < WIDTH
+                found = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
                 factor = tl.load(group, mask=column < WIDTH, other=0)
             if each == 2:
                 words = words + tl.split(found)
             else:
-                words = words + _split4(found, LANES)
+                words = words + split4(found, LANES, GROUPS)
             scales = scales + (factor,)  # type: ignore[assignment]
             if ZEROS:
                 place = row // per * (WIDTH // GROUP) + column // GROUP
@@ -149,7 +181,7 @@ def spread(  # type: ignore[no-untyped-def]
                 value *= weights[half].to(tl.float32)
                 if KIND == "fp8":
                     value *= factor
-            values = values + _split8(value, LANES)
+            values = values + split8(value, LANES)
         if KIND == "fp8":
             prepared = prepared + values
         else:
@@ -159,18 +191,20 @@ def spread(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _split4(tile, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Columns of a (LANES, 4) tile."""
-    even, odd = tl.split(tl.reshape(tile, (LANES, 2, 2)))
+def split4(tile, LANES: tl.constexpr, GROUPS: tl.constexpr = 1):  # type: ignore[no-untyped-def]
+    """Columns of a (LANES, 4) or (GROUPS, LANES, 4) tile."""
+    shape: tl.constexpr = (LANES, 2, 2) if GROUPS == 1 else (GROUPS, LANES, 2, 2)
+    even, odd = tl.split(tl.reshape(tile, shape))
     v0, v2 = tl.split(even)
     v1, v3 = tl.split(odd)
     return v0, v1, v2, v3
 
 
 @triton.jit
-def _split8(tile, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Columns of a (LANES, 8) tile."""
-    even, odd = tl.split(tl.reshape(tile, (LANES, 2, 2, 2)))
+def split8(tile, LANES: tl.constexpr, GROUPS: tl.constexpr = 1):  # type: ignore[no-untyped-def]
+    """Columns of a (LANES, 8) or (GROUPS, LANES, 8) tile."""
+    shape: tl.constexpr = (LANES, 2, 2, 2) if GROUPS == 1 else (GROUPS, LANES, 2, 2, 2)
+    even, odd = tl.split(tl.reshape(tile, shape))
     a, b = tl.split(even)
     c, d = tl.split(odd)
     v0, v4 = tl.split(a)
@@ -190,7 +224,7 @@ def _prepared(values, factor, KIND: tl.constexpr, ASM: tl.constexpr):  # type: i
     for place in tl.static_range(1, 16):
         largest = tl.maximum(largest, tl.abs(values[place]), propagate_nan=tl.PropagateNan.ALL)
     # What is no number, or infinite, has a scale of its kind and no inverse.
-    inverse = tl.where((largest > 1e-30) & (largest < float("inf")), _LEVELS / largest, 0.0)
+    inverse = tl.where((largest > 1e-30) & (largest < float("inf")), LEVELS / largest, 0.0)
     if KIND == "int4":
         # Of 8 codes in a word the even ones come first, as one mask finds them.
         packed = _bytes(values, inverse, 0, 2, ASM) + _bytes(values, inverse, 1, 2, ASM)
@@ -204,21 +238,21 @@ def _prepared(values, factor, KIND: tl.constexpr, ASM: tl.constexpr):  # type: i
     for quarter in tl.static_range(4):
         low = _dot4(ones, packed[2 * quarter], low, ASM)
         high = _dot4(ones, packed[2 * quarter + 1], high, ASM)
-    return packed + (low + (high << 8), largest * factor / _LEVELS)
+    return packed + (low + (high << 8), largest * factor / LEVELS)
 
 
 @triton.jit
 def _bytes(values, inverse, FIRST: tl.constexpr, STEP: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
     """Low bytes of four values' integers in a word, and high ones, which are those of the integers plus 128.
 
-    Added to ``_ROUND``, a number leaves its nearest integer in the two lowest bytes of the sum.
+    Added to ``ROUND``, a number leaves its nearest integer in the two lowest bytes of the sum.
     """
     low = ()
     high = ()
     for place in tl.static_range(4):
         value = values[FIRST + STEP * place]
-        low = low + ((value * inverse + _ROUND).to(tl.int32, bitcast=True),)  # type: ignore[assignment]
-        high = high + ((value * inverse + (_ROUND + 128.0)).to(tl.int32, bitcast=True),)  # type: ignore[assignment]
+        low = low + ((value * inverse + ROUND).to(tl.int32, bitcast=True),)  # type: ignore[assignment]
+        high = high + ((value * inverse + (ROUND + 128.0)).to(tl.int32, bitcast=True),)  # type: ignore[assignment]
     return _packed(low, 0, ASM), _packed(high, 1, ASM)
 
 
@@ -261,26 +295,43 @@ def _dot4(codes, values, total, ASM: tl.constexpr):  # type: ignore[no-untyped-d
 
 @triton.jit
 def _dot16(  # type: ignore[no-untyped-def]
-    words, point, prepared, WORD: tl.constexpr, START: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
+    words,
+    point,
+    prepared,
+    WORD: tl.constexpr,
+    START: tl.constexpr,
+    KIND: tl.constexpr,
+    ZEROS: tl.constexpr,
+    SPAN: tl.constexpr,
     ASM: tl.constexpr,
-):  # fmt: skip
-    """Sum over a lane's 16 codes, words WORD on, of (code - zero) times prepared values, START on; float32 (LANES,)."""
-    total, scale = prepared[START + 8], prepared[START + 9]
+):
+    """Sum over a lane's 16 codes, words WORD on, of (code - zero) times prepared values, START on; float32 (LANES,).
+
+    SPAN of them, 8 or 16, have a sum and a scale of their own: sums stand behind the bytes, then scales.
+    """
     middle: tl.constexpr = 8 if KIND == "int4" else 128
-    low = total * 0 if ZEROS else total * (-middle)
-    high = total * 0
-    for quarter in tl.static_range(4):
-        if KIND == "int4":
-            word = words[WORD + quarter // 2]
-            four = (word >> (4 * (quarter % 2))) & 0x0F0F0F0F
+    spans: tl.constexpr = 16 // SPAN
+    result = tl.zeros(words[WORD].shape, tl.float32)
+    for span in tl.static_range(spans):
+        total, scale = prepared[START + 8 + span], prepared[START + 8 + spans + span]
+        low = total * 0 if ZEROS else total * (-middle)
+        high = total * 0
+        for quarter in tl.static_range(4 * span // spans, 4 * (span + 1) // spans):
+            if KIND == "int4":
+                word = words[WORD + quarter // 2]
+                four = (word >> (4 * (quarter % 2))) & 0x0F0F0F0F
+            else:
+                four = words[WORD + quarter]
+            low = _dot4(four, prepared[START + 2 * quarter], low, ASM)
+            high = _dot4(four, prepared[START + 2 * quarter + 1], high, ASM)
+        part = (low + (high << 8)).to(tl.float32)
+        if ZEROS:
+            part -= point.to(tl.float32) * total.to(tl.float32)
+        if span == 0:
+            result = part * scale
         else:
-            four = words[WORD + quarter]
-        low = _dot4(four, prepared[START + 2 * quarter], low, ASM)
-        high = _dot4(four, prepared[START + 2 * quarter + 1], high, ASM)
-    result = (low + (high << 8)).to(tl.float32)
-    if ZEROS:
-        result -= point.to(tl.float32) * total.to(tl.float32)
-    return result * scale
+            result += part * scale
+    return result
 
 
 @triton.jit
@@ -313,39 +364,45 @@ def dot_rows(  # type: ignore[no-untyped-def]
     ZEROS: tl.constexpr,
     BYTES: tl.constexpr,
     ASM: tl.constexpr,
+    SPAN: tl.constexpr = 16,
+    GROUPS: tl.constexpr = 1,
 ):
-    """Products (ROWS,) float32 of held rows with a prepared vector."""
+    """Products (GROUPS * ROWS,) float32 of held rows with a prepared vector, SPAN of whose values share a scale."""
     words, scales, points = held
     each: tl.constexpr = 2 if KIND == "int4" else 4
-    per: tl.constexpr = 16 if KIND == "fp8" else 10
+    per: tl.constexpr = 16 if KIND == "fp8" else 8 + 32 // SPAN
     count: tl.constexpr = (WIDTH + 16 * LANES - 1) // (16 * LANES)
     sums = ()
     for row in tl.static_range(ROWS):
-        total = tl.zeros((LANES,), tl.float32)
+        total = tl.zeros(scales[0].shape, tl.float32)
         for chunk in tl.static_range(count):
             if KIND == "fp8":
                 part = _dot16_fp8(words, prepared, (row * count + chunk) * each, chunk * per)
             else:
                 point = points[row * count + chunk] if ZEROS else 0
-                part = _dot16(words, point, prepared, (row * count + chunk) * each, chunk * per, KIND, ZEROS, ASM)
+                part = _dot16(words, point, prepared, (row * count + chunk) * each, chunk * per, KIND, ZEROS, SPAN, ASM)
             total += part * scales[row * count + chunk].to(tl.float32)
         sums = sums + (total,)  # type: ignore[assignment]
-    result = _sum_lanes(sums, ROWS, LANES)
+    result = _sum_lanes(sums, ROWS, LANES, GROUPS)
     if BYTES:
-        rows = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1)
+        rows = tl.minimum(first + tl.arange(0, GROUPS * ROWS), num_rows - 1)
         result *= tl.load(row_scale + rows)
     return result
 
 
 @triton.jit
-def _sum_lanes(sums, ROWS: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums over lanes of ROWS tensors (LANES,), reduced together: (ROWS,)."""
+def _sum_lanes(sums, ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums over lanes of ROWS tensors (LANES,) or (GROUPS, LANES), reduced together: (GROUPS * ROWS,)."""
     tl.static_assert(ROWS <= 16 and ROWS & (ROWS - 1) == 0)
+    shape: tl.constexpr = (LANES, ROWS) if GROUPS == 1 else (GROUPS, LANES, ROWS)
     if ROWS == 1:
-        joined = tl.reshape(sums[0], (LANES, 1))
+        joined = tl.reshape(sums[0], shape)
     else:
-        joined = _joined(sums, 0, 1, ROWS)
-    return tl.sum(tl.reshape(joined, (LANES, ROWS)), axis=0)
+        joined = tl.reshape(_joined(sums, 0, 1, ROWS), shape)
+    if GROUPS == 1:
+        return tl.sum(joined, axis=0)
+    else:
+        return tl.reshape(tl.sum(joined, axis=1), (GROUPS * ROWS,))
 
 
 @triton.jit
