@@ -23,6 +23,8 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
+from phi35.adapters.dora import Magnitude, RowSquares, row_lengths
+from phi35.quantization.linear import quantized_linear
 from phi35.quantization.modules import QuantizedLinear
 from phi35.registry import resolve
 
@@ -71,6 +73,9 @@ class ParamWrapper(peft_layers.ParamWrapper):
 
     PEFT refuses dropout here, for it adds to the weight; the low-rank path of experts has inputs to drop. On a router
     there is none.
+
+    Raises:
+        ValueError: for DoRA, which PEFT does not have for parameters either.
     """
 
     leads_inner = False
@@ -78,12 +83,14 @@ class ParamWrapper(peft_layers.ParamWrapper):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
         config = options.pop("config")
-        super().__init__(base_layer, adapter_name, config=_without_dropout(config), **options)
+        if config.use_dora:
+            raise ValueError("DoRA is for linear layers: leave experts and router out, or set use_dora=False")
+        super().__init__(base_layer, adapter_name, config=_changed(config, lora_dropout=0.0), **options)
         self._drop(adapter_name, config.lora_dropout)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any) -> None:
         """See PEFT."""
-        super().update_layer(adapter_name, r, lora_alpha, _without_dropout(config), **options)
+        super().update_layer(adapter_name, r, lora_alpha, _changed(config, lora_dropout=0.0), **options)
         self._drop(adapter_name, config.lora_dropout)
         if self.leads_inner:
             inner: Any = self.base_layer
@@ -166,10 +173,10 @@ class ParamWrapper(peft_layers.ParamWrapper):
 
 
 class LoraQuantizedLinear(nn.Module, peft_layers.LoraLayer):
-    """LoRA of a ``QuantizedLinear`` (QLoRA, arXiv 2305.14314): the codes stay, adapters are trained beside them.
+    """LoRA of a ``QuantizedLinear`` (QLoRA, arXiv 2305.14314), or DoRA: the codes stay, adapters train beside them.
 
     Raises:
-        ValueError: for DoRA, which needs the norm of the weight, and LoRA's other variants.
+        ValueError: for LoRA's other variants.
     """
 
     def __init__(
@@ -181,12 +188,20 @@ class LoraQuantizedLinear(nn.Module, peft_layers.LoraLayer):
         lora_alpha: int = 1,
         **options: Any,
     ) -> None:
-        if config.use_dora:
-            raise ValueError("DoRA needs the norms of the weights, which are quantized here: set use_dora=False")
         super().__init__()
         peft_layers.LoraLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
+        self._active_adapter, self._squares = adapter_name, RowSquares()
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any) -> None:
+        """See PEFT."""
+        # PEFT's own DoRA would look for a weight; the rest of the adapter is the same.
+        super().update_layer(adapter_name, r, lora_alpha, _changed(config, use_dora=False), **options)
+        if config.use_dora:
+            self.use_dora[adapter_name] = True
+            self.lora_magnitude_vector[adapter_name] = Magnitude(self._lengths(adapter_name))
+            self.adapter_layer_names = tuple(dict.fromkeys((*self.adapter_layer_names, "lora_magnitude_vector")))
+            self.set_adapter(self.active_adapters, inference_mode=options.get("inference_mode", False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., out_features) from (..., in_features)."""
@@ -194,9 +209,27 @@ class LoraQuantizedLinear(nn.Module, peft_layers.LoraLayer):
         for name in () if self.disable_adapters else self.active_adapters:
             if name in self.lora_A:
                 first, second = self.lora_A[name], self.lora_B[name]
-                inputs = self.lora_dropout[name](x).to(first.weight.dtype)
-                result = result + (second(first(inputs)) * self.scaling[name]).to(result.dtype)
+                inputs = self.lora_dropout[name](x)
+                added = second(first(inputs.to(first.weight.dtype))) * self.scaling[name]
+                if name in self.lora_magnitude_vector:
+                    added = self._turned(name, inputs, added, result)
+                result = result + added.to(result.dtype)
         return result
+
+    def _turned(self, name: str, inputs: torch.Tensor, added: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """What DoRA adds to the result so far; where inputs were dropped, its base product is theirs, as in PEFT."""
+        factor = self.lora_magnitude_vector[name](self._lengths(name))
+        layer: Any = self.get_base_layer()
+        if self.training and isinstance(self.lora_dropout[name], nn.Dropout):
+            product = quantized_linear(inputs, layer.held())
+        else:
+            product = result if layer.bias is None else result - layer.bias
+        return (factor - 1) * product + factor * added
+
+    def _lengths(self, name: str) -> torch.Tensor:
+        layer: Any = self.get_base_layer()
+        weight = layer.held()
+        return row_lengths(weight, self._squares(weight), self.lora_A[name], self.lora_B[name], self.scaling[name])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused.
@@ -215,7 +248,7 @@ class LoraQuantizedLinear(nn.Module, peft_layers.LoraLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         layer: Any = self.get_base_layer()
         codes = layer.held().codes
-        for part in (self.lora_A, self.lora_B):
+        for part in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
             if adapter_name in part and not part[adapter_name].weight.is_meta:
                 part[adapter_name].to(device or codes.device)
 
@@ -225,7 +258,9 @@ def _weight(experts: Any, name: str) -> Any:
     return getattr(experts, name) if held is None else held(name)
 
 
-def _without_dropout(config: LoraConfig) -> LoraConfig:
-    without = copy.copy(config)
-    without.lora_dropout = 0.0
-    return without
+def _changed(config: LoraConfig, **fields: Any) -> LoraConfig:
+    """A copy with other fields, which PEFT does not check anew."""
+    changed = copy.copy(config)
+    for name, value in fields.items():
+        setattr(changed, name, value)
+    return changed

@@ -5,6 +5,7 @@ takes the tensors, blocks of rows are restored one after the other and multiplie
 exists beside its codes.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -97,6 +98,14 @@ def plain_product(
         part = _restored(weight, start, stop, hidden_states.dtype)
         out[:, start:stop] = F.linear(hidden_states, part, None if bias is None else bias[start:stop])
     return out
+
+
+def blocks_of_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """A weight (rows, columns) in ``dtype``, some rows at a time."""
+    rows, columns = weight.shape
+    step = _block(rows, columns, weight.format.per_word)
+    for start in range(0, rows, step):
+        yield _restored(weight, start, min(start + step, rows), dtype)
 
 
 def restored(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from adapted_models import EVERYWHERE, IDS, adapted, draw_second_factors, inputs
+from adapted_models import EVERYWHERE, IDS, adapted, draw_second_factors, in_few_bits_and_restored, inputs
 from torch.nn import functional as F
 
 import phi35
 from moe.low_rank import LowRank, adapted_experts
 from phi35.adapters.config import AdapterConfig
 from phi35.adapters.inject import add_adapter, disabled, inject, is_adapter, merge
-from phi35.quantization.codes import dequantize, round_to_nearest
-from phi35.quantization.config import QuantizationConfig, WeightFormat
+from phi35.quantization.config import WeightFormat
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)
@@ -122,21 +121,7 @@ def test_dropout_is_of_training_alone_and_reaches_experts() -> None:
 @pytest.mark.parametrize("name", ["tiny-phi-3.5-mini", "tiny-phi-3.5-moe"])
 def test_weights_in_few_bits_are_restored_for_the_products(name: str) -> None:
     """QLoRA: logits and the adapter's gradients are those of the same adapter on the restored weights."""
-    one = WeightFormat(bits=4, group_size=32, symmetric=False)
-    quantization = QuantizationConfig(linear=one)
-    few_bits = phi35.create(name, seed=0, quantization=quantization)
-    plain = phi35.create(name, seed=0)
-    held = {}
-    for module_name, module in few_bits.named_modules():
-        for base, weight in getattr(module, "held_weights", tuple)():
-            source = plain.get_submodule(module_name).get_parameter(base)
-            for suffix, tensor in round_to_nearest(source.detach(), one, torch.bfloat16).tensors().items():
-                getattr(module, base + suffix).copy_(tensor)
-            held[f"{module_name}.{base}"] = dequantize(weight, torch.float32)
-    for parameter_name, parameter in few_bits.named_parameters():
-        parameter.data.copy_(plain.get_parameter(parameter_name))
-    for weight_name, restored in held.items():
-        plain.get_parameter(weight_name).data.copy_(restored)
+    few_bits, plain = in_few_bits_and_restored(name, WeightFormat(bits=4, group_size=32, symmetric=False))
     losses, grads = [], []
     for model in (few_bits, plain):
         places = ("attention", "experts", "router") if plain.config.is_sparse else None
