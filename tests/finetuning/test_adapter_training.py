@@ -69,6 +69,22 @@ def test_two_processes_make_the_steps_of_one(text_folder, tmp_path):
         torch.testing.assert_close(weights[0][key], weights[1][key], atol=2e-5, rtol=1e-3)
 
 
+def test_dora_in_few_bits_is_the_same_where_zero3_parts_it(text_folder, tmp_path):
+    phi35.save(phi35.create("tiny-phi-3.5-mini", seed=0), None, tmp_path / "plain")
+    quantize(tmp_path / "plain", tmp_path / "few", QuantizationConfig(linear=WeightFormat(group_size=32)))
+    common = {"model": str(tmp_path / "few"), "adapter": {"rank": 4, "alpha": 8, "dora": True}, "learning_rate": 1e-2}
+    one = settings(text_folder, tmp_path / "one", **common, zero_stage=0)
+    two = settings(text_folder, tmp_path / "two", **common, zero_stage=3)
+    (expected,), (got, _) = run_distributed(train_and_read, 1, one), run_distributed(train_and_read, 2, two)
+    losses = [float.fromhex(loss) for loss in expected.values()]
+    assert losses[-1] < losses[0] - 0.05
+    for step in expected:
+        # Measured: 1e-6.
+        assert abs(float.fromhex(expected[step]) - float.fromhex(got[step])) < 5e-6
+    weights = tensors_of(tmp_path / "two" / "checkpoints" / "step-00000006")
+    assert any("magnitude" in name for _, name in weights)
+
+
 @pytest.mark.parametrize("name", ["tiny-phi-3.5-mini", "tiny-phi-3.5-moe", "tiny-phi-3.5-vision"])
 def test_the_exported_adapter_and_the_merged_model_agree(name, text_folder, tmp_path):
     data, options = text_folder, {}
