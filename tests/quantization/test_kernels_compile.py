@@ -52,7 +52,7 @@ def gate_up(config: shapes.WordConfig, prepared: bool) -> Any:
     arguments |= typed("*i32", "prepared", "left", "left_norm")
     constants: dict[str, Any] = {"NORM": "rmsnorm", "ACT": "silu", "EVEN": True, "PDL": True, "PREPARED": prepared}
     constants |= {"GROUPS": config.groups, "ROWS": config.rows // 2 // config.groups}
-    constants |= {"PARTS": 384 if prepared else 0, "PADDED_PARTS": 512 if prepared else 1}
+    constants["PARTS"] = 384 if prepared else 0
     constants |= {"LEFT": "int4" if prepared else "none", "LEFT_NORM": False} | vector.constants(weight, config)
     return compile_kernel(vector._gate_up_kernel, arguments, constants, config.num_warps)
 
