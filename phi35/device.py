@@ -24,10 +24,31 @@ class Spread:
     Attributes:
         inputs: of the embedding, where a pass begins; masks, positions and row lengths live there.
         layers: of each decoder layer, where its keys and values live.
+        num_waiting: tensors that are on the meta device between passes.
     """
 
     inputs: torch.device
     layers: tuple[torch.device, ...]
+    num_waiting: int = 0
+
+    def check(self, model: torch.nn.Module) -> None:
+        """Check that nothing but what waits is on the meta device.
+
+        Raises:
+            ValueError: if more is: PEFT 0.21 takes adapters to where a waiting weight seems to be, and they are lost.
+        """
+        waiting = num_meta(model)
+        if waiting > self.num_waiting:
+            raise ValueError(
+                f"{waiting - self.num_waiting} tensors without values were added beside weights that wait on 'cpu' or "
+                "'disk', as PEFT does: load the model on GPUs, or the CPU, alone to put adapters on it"
+            )
+
+
+def num_meta(model: torch.nn.Module) -> int:
+    """Parameters and buffers on the meta device, each name counted."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return sum(tensor.is_meta for _, tensor in named)
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

@@ -140,6 +140,8 @@ class CausalLM(nn.Module):
             ValueError: for inputs that contradict each other, or an unannounced LongRoPE crossing of a cached row.
         """
         self._check_inputs(input_ids, inputs_embeds, labels, logits_to_keep, padding_side)
+        if self.spread is not None:
+            self.spread.check(self)
         if labels is not None:
             targets = self._aligned(labels, targets, sequence_lengths)
         if past_key_values is not None and not isinstance(past_key_values, KVCache):

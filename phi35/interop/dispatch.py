@@ -19,7 +19,7 @@ from phi35.checkpoint.reader import check_dtypes, match_headers
 from phi35.checkpoint.rules import CheckpointPlan, Placement, state_shapes
 from phi35.checkpoint.streaming import StoredWeights
 from phi35.checkpoint.writer import DeferredTensor, Writable, write_safetensors
-from phi35.device import Spread
+from phi35.device import Spread, num_meta
 from phi35.interop.placement import PlacementMap, device_of
 from phi35.model import CausalLM
 from phi35.registry import resolve
@@ -99,6 +99,7 @@ def spread(model: Any, places: PlacementMap, index: DiskIndex | None = None, off
             places.computes_on(f"{PREFIX}model.layers.{layer}.input_layernorm.weight")
             for layer in range(len(causal_lm.model.layers))
         ),
+        num_waiting=num_meta(causal_lm),
     )
 
 

@@ -1,17 +1,20 @@
 """Models spread by a device map: weights that wait on the host or on disk, and layers on two GPUs, of which only the
 devices are real here (torch's fake tensors refuse what mixes them)."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_configs import longrope_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 from wrapped_models import IDS, PRESETS, picture_batch, wrapped
 
 import phi35
+from phi35.adapters.layers import register
 from phi35.attention import plan_attention
 from phi35.generation.batcher import Batcher
 from phi35.generation.fast_step import model_limit
@@ -192,6 +195,21 @@ def test_a_spread_model_is_not_captured_or_batched(folder: Path, tmp_path: Path)
     if model.model.vision_embed_tokens is not None:
         with pytest.raises(ValueError, match="on one device"):
             model.image_features(torch.zeros(2, 3, 64, 64), torch.tensor([[64, 64]]))
+
+
+def test_adapters_that_peft_loses_are_found(tmp_path: Path) -> None:
+    wrapped(PRESETS["phi3"]).save_pretrained(tmp_path)
+    config = LoraConfig(r=2, target_modules=["qkv_proj"], init_lora_weights="gaussian")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for place in ("model.layers.1", "model.layers.1.mlp"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu", place: "disk"})
+        adapted = get_peft_model(model, register(copy.copy(config)))
+        if place == "model.layers.1":
+            with pytest.raises(ValueError, match="2 tensors without values"):
+                adapted(input_ids=IDS)
+        else:  # what has an adapter does not wait
+            with torch.no_grad():
+                assert torch.equal(adapted(input_ids=IDS).logits, plain(IDS).logits)
 
 
 @pytest.mark.parametrize("head", [0, 1])
