@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("product.c")
 PARTS = (SOURCE, SOURCE.with_name("product_avx512.h"), SOURCE.with_name("step_avx512.h"))
-FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp")
+FLAGS = ("-O3", "-fno-tree-slp-vectorize", "-fPIC", "-shared", "-fopenmp")
 MAX_TOKENS = 32
 """Rows of activations up to which the kernel is taken: beyond, restoring blocks for torch's product is faster."""
 

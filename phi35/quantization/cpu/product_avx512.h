@@ -10,7 +10,7 @@
 #define UNIT 64
 #define LANES 16
 #define AHEAD 16384 /* bytes at least asked for ahead, into the second cache: into the first it is half as fast */
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
@@ -179,22 +179,32 @@ INLINE int64_t ahead_of(int64_t row_bytes) {
     return (AHEAD + task - 1) / task * task;
 }
 
-/* Adds the products of a unit of COUNT rows, whose codes stand row_bytes apart, to their totals. */
+/* Where the compiler shall not work a value out again from others, for which it has no registers. */
+#define KEEP(value) __asm__("" : "+r"(value))
+
+/* Every third row's start: the rows between lie one and two strides on, which an address can say by itself. */
+typedef struct {
+    const uint8_t *codes[3];
+    const float *slots[3];
+    int64_t row_bytes, room;
+    const char *ahead; /* the bytes of the next tasks, in order */
+    const int8_t *x;
+} Place;
+
+/* Adds the products of a unit of COUNT rows to their totals, and goes on to the next unit. */
 TARGET_AVX512 INLINE void add_unit(
-    const uint8_t *codes, int64_t row_bytes, int64_t ahead, __mmask64 mask, const int8_t *x, const float *slots, int64_t room,
-    const int bits, const int unit_slots, const int count, __m512 *total) {
+    Place *at, __mmask64 mask, const int bits, const int unit_slots, const int count, __m512 *total) {
     const __m512i low = _mm512_set1_epi8(15), none = _mm512_setzero_si512();
     const __m512i quarters = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
     const __m512i which = unit_slots == 2 ? _mm512_srli_epi32(quarters, 1) : quarters;
-    const __m512i x_high = _mm512_loadu_si512(x), x_low = _mm512_loadu_si512(x + UNIT);
-    const __m512i odd_high = bits == 4 ? _mm512_loadu_si512(x + 2 * UNIT) : x_high;
-    const __m512i odd_low = bits == 4 ? _mm512_loadu_si512(x + 3 * UNIT) : x_low;
+    const __m512i x_high = _mm512_loadu_si512(at->x), x_low = _mm512_loadu_si512(at->x + UNIT);
+    const __m512i odd_high = bits == 4 ? _mm512_loadu_si512(at->x + 2 * UNIT) : x_high;
+    const __m512i odd_low = bits == 4 ? _mm512_loadu_si512(at->x + 3 * UNIT) : x_low;
 #pragma GCC unroll 8
     for (int r = 0; r < count; r++) {
-        const uint8_t *here = codes + r * row_bytes;
-        _mm_prefetch((const char *)here + ahead, _MM_HINT_T1);
-        const __m512i raw = _mm512_maskz_loadu_epi8(mask, here);
-        __m512i high, small;
+        _mm_prefetch(at->ahead + r * UNIT, _MM_HINT_T1);
+        __m512i raw = _mm512_maskz_loadu_epi8(mask, at->codes[r / 3] + r % 3 * at->row_bytes), high, small;
+        __asm__("" : "+v"(raw)); /* loaded once */
         if (bits == 4) {
             const __m512i even = _mm512_and_si512(raw, low);
             const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(raw, 4), low);
@@ -205,32 +215,55 @@ TARGET_AVX512 INLINE void add_unit(
             small = _mm512_dpbusd_epi32(none, raw, x_low);
         }
         const __m512 value = _mm512_cvtepi32_ps(_mm512_add_epi32(small, _mm512_slli_epi32(high, 8)));
-        total[r] = _mm512_fmadd_ps(value, unit_scales(slots + r * room, unit_slots, which), total[r]);
+        const float *slots = at->slots[r / 3] + r % 3 * at->room;
+        total[r] = _mm512_fmadd_ps(value, unit_scales(slots, unit_slots, which), total[r]);
     }
+    for (int i = 0; i < 3; i++) at->codes[i] += UNIT, at->slots[i] += unit_slots;
+    at->ahead += count * UNIT;
+    at->x += UNIT * 16 / bits;
+}
+
+/* Sums over the lanes of eight vectors. */
+TARGET_AVX512 INLINE __m256 sums_of_lanes(const __m512 *total) {
+    __m256 half[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        half[i] = _mm256_add_ps(_mm512_castps512_ps256(total[i]), _mm512_extractf32x8_ps(total[i], 1));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) half[i] = _mm256_hadd_ps(half[2 * i], half[2 * i + 1]);
+    const __m256 first = _mm256_hadd_ps(half[0], half[1]), second = _mm256_hadd_ps(half[2], half[3]);
+    const __m256 low = _mm256_permute2f128_ps(first, second, 0x20), high = _mm256_permute2f128_ps(first, second, 0x31);
+    return _mm256_add_ps(low, high);
 }
 
 /* COUNT rows at a time for one token: the activations are loaded once for all of them. */
 TARGET_AVX512 INLINE void rows_avx512(
     const Weight *w, const Planes *p, int64_t row, int64_t token, float *scratch, float *out, const int bits,
     const int unit_slots, const int count) {
-    const int64_t row_bytes = w->columns * bits / 8, room = p->room, full = row_bytes / UNIT;
-    const int64_t scale_bytes = w->groups * (w->scale_kind == UINT8 ? 1 : 2), ahead = ahead_of(row_bytes);
-    const int64_t later = ahead / row_bytes * scale_bytes;
+    const int64_t row_bytes = w->columns * bits / 8, full = row_bytes / UNIT, ahead = ahead_of(row_bytes);
+    const int64_t scale_bytes = w->groups * (w->scale_kind == UINT8 ? 1 : 2), later = ahead / row_bytes * scale_bytes;
     const uint8_t *codes = w->codes + row * row_bytes;
-    const int8_t *x = p->bytes + token * p->units * p->unit_bytes;
-    const float *slots = scratch;
     __m512 total[ROWS_AT_ONCE];
 #pragma GCC unroll 8
     for (int r = 0; r < count; r++) {
-        total[r] = _mm512_sub_ps(_mm512_setzero_ps(), slot_scales(w, p, row + r, token, scratch + r * room));
+        total[r] = _mm512_sub_ps(_mm512_setzero_ps(), slot_scales(w, p, row + r, token, scratch + r * p->room));
         _mm_prefetch((const char *)w->scale + (row + r) * scale_bytes + later, _MM_HINT_T1);
     }
-    for (int64_t unit = 0; unit < full; unit++, codes += UNIT, x += UNIT * 16 / bits, slots += unit_slots)
-        add_unit(codes, row_bytes, ahead, ~0ull, x, slots, room, bits, unit_slots, count, total);
-    if (row_bytes % UNIT)
-        add_unit(codes, row_bytes, ahead, (1ull << row_bytes % UNIT) - 1, x, slots, room, bits, unit_slots, count, total);
-#pragma GCC unroll 8
-    for (int r = 0; r < count; r++) out[r] = _mm512_reduce_add_ps(total[r]);
+    Place at = {
+        {codes, codes + 3 * row_bytes, codes + 6 * row_bytes},
+        {scratch, scratch + 3 * p->room, scratch + 6 * p->room},
+        row_bytes,
+        p->room,
+        (const char *)codes + ahead,
+        p->bytes + token * p->units * p->unit_bytes};
+    for (int i = 1; count > 1 && i < 3; i++) {
+        KEEP(at.codes[i]);
+        KEEP(at.slots[i]);
+    }
+    for (int64_t unit = 0; unit < full; unit++) add_unit(&at, ~0ull, bits, unit_slots, count, total);
+    if (row_bytes % UNIT) add_unit(&at, (1ull << row_bytes % UNIT) - 1, bits, unit_slots, count, total);
+    if (count == 8) _mm256_storeu_ps(out, sums_of_lanes(total));
+    else for (int r = 0; r < count; r++) out[r] = _mm512_reduce_add_ps(total[r]);
 }
 
 /* Kept apart, so that each has the registers to itself. */
