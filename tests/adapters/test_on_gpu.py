@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from moe.kernels import backend
 from moe.low_rank import LowRank, _kernels_take, adapted_experts, with_torch
+from phi35.adapters.layers import LoraQuantizedLinear
 from phi35.quantization.codes import dequantize, round_to_nearest
 from phi35.quantization.config import WeightFormat
 from phi35.quantization.linear import quantized_linear, restored
+from phi35.quantization.modules import QuantizedLinear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,3 +108,34 @@ def test_kernels_follow_torchs_products(tokens: int, act: str) -> None:
         limit = max(1.5 * float((plain - want).norm() / want.norm()), 2e-3)
         assert float((got - want).norm() / want.norm()) <= limit
     assert all(not grad[-1].any() for grad in found[-1][3:])
+
+
+@pytest.mark.parametrize("one", FORMATS, ids=lambda one: one.label)
+def test_dora_in_few_bits_follows_the_restored_weight(one: WeightFormat) -> None:
+    """Output and gradients in bfloat16, and the lengths, against float64 on the CPU."""
+    draw = torch.Generator().manual_seed(4)
+    inputs, bias = torch.randn(200, 256, generator=draw).bfloat16(), torch.randn(320, generator=draw).bfloat16()
+    held = round_to_nearest(torch.randn(320, 256, generator=draw) * 0.05, one, torch.bfloat16)
+    base = QuantizedLinear(256, 320, True, one, torch.bfloat16)
+    for suffix, tensor in held.tensors().items():
+        getattr(base, "weight" + suffix).copy_(tensor)
+    assert base.bias is not None
+    base.bias.data = bias
+    config = LoraConfig(r=8, lora_alpha=16, use_dora=True)
+    layer = LoraQuantizedLinear(base.cuda(), "default", config, r=8, lora_alpha=16)
+    first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    second.data.normal_(0.0, 0.05)
+    magnitude.data *= 1.2
+    whole = dequantize(held, torch.float64)
+    leaves = [part.detach().cpu().double().requires_grad_() for part in (first, second, magnitude)]
+    turned = whole + 2.0 * leaves[1] @ leaves[0]
+    lengths = torch.linalg.vector_norm(turned, dim=1).detach()
+    assert ((layer._lengths("default").cpu().double() - lengths).abs() / lengths).max() < 2e-3
+    upstream = torch.randn(200, 320, generator=draw).bfloat16()
+    expected = inputs.double() @ (turned * (leaves[2] / lengths)[:, None]).T + bias.double()
+    wanted = torch.autograd.grad(expected, leaves, upstream.double())
+    got = layer(inputs.cuda())
+    grads = torch.autograd.grad(got, (first, second, magnitude), upstream.cuda())
+    for mine, theirs in zip((got, *grads), (expected, *wanted), strict=True):
+        assert (mine.detach().cpu().double() - theirs).abs().max() <= 3e-2 * theirs.abs().max()
