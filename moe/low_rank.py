@@ -136,8 +136,7 @@ def _adapted(rows: torch.Tensor, weight: Weight, additions: Sequence[LowRank], s
         out = segments.product(rows, weight)
     for one in additions:
         inputs = (rows if one.dropout is None else one.dropout(rows)).to(one.first.dtype)
-        # Whole multiples of 16 bytes, as the grouped product wants them.
-        first, second = _padded(one.first, one.second, 16 // one.first.element_size())
+        first, second = _padded(one.first, one.second)
         low = segments.product(inputs, first) * one.scaling
         out = out + segments.product(low, second).to(out.dtype)
     return out
@@ -147,7 +146,7 @@ def _kernels_take(
     hidden_states: torch.Tensor, gate_up_proj: Weight, down_proj: Weight, additions: Sequence[LowRank]
 ) -> bool:
     """Whether the Triton kernels run these experts."""
-    if kernels_backend.missing() is not None or torch.compiler.is_compiling() or not len(hidden_states):
+    if torch.compiler.is_compiling() or not len(hidden_states):
         return False
     if any(one.dropout is not None or one.first.dtype != hidden_states.dtype for one in additions):
         return False
@@ -159,7 +158,8 @@ def _kernels_take(
             shapes.append(weight)
         else:  # restored in the dtype of the tokens
             shapes.append(torch.empty(weight.shape, dtype=hidden_states.dtype, device="meta"))
-    return kernels_backend.limit(hidden_states, *shapes) is None
+    # Whether there is a GPU is asked last: it takes longer than all else.
+    return kernels_backend.limit(hidden_states, *shapes) is None and kernels_backend.missing() is None
 
 
 def _factors(additions: Sequence[LowRank]) -> Any:
@@ -168,17 +168,21 @@ def _factors(additions: Sequence[LowRank]) -> Any:
 
     if not additions:
         return None
-    first = torch.cat([one.first for one in additions], dim=1) if len(additions) > 1 else additions[0].first
-    scaled = [one.second * one.scaling for one in additions]
-    second = torch.cat(scaled, dim=2) if len(scaled) > 1 else scaled[0]
-    first, second = (part.contiguous() for part in _padded(first, second, MIN_RANK))
+    first, second, scaling = additions[0].first, additions[0].second, additions[0].scaling
+    if len(additions) > 1:
+        first = torch.cat([one.first for one in additions], dim=1)
+        second, scaling = torch.cat([one.second * one.scaling for one in additions], dim=2), 1.0
+    missing = -first.shape[1] % MIN_RANK
+    if missing:
+        first, second = F.pad(first, (0, 0, 0, missing)), F.pad(second, (0, missing))
+    first = first.contiguous()
     # Descriptors start at multiples of 16 bytes; optimizers may lay parameters elsewhere in a flat buffer.
-    return Factors(*(part if part.data_ptr() % 16 == 0 else part.clone() for part in (first, second)))
+    return Factors(first if first.data_ptr() % 16 == 0 else first.clone(), second, scaling)
 
 
-def _padded(first: torch.Tensor, second: torch.Tensor, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors whose rank is a multiple of so much."""
-    missing = -first.shape[1] % multiple
+def _padded(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors whose rank fills whole multiples of 16 bytes, as the grouped product wants them."""
+    missing = -first.shape[1] % (16 // first.element_size())
     if not missing:
         return first, second.contiguous()
     return F.pad(first, (0, 0, 0, missing)), F.pad(second, (0, missing))

@@ -34,10 +34,17 @@ Weight = torch.Tensor | QuantizedTensor
 
 @dataclass(frozen=True)
 class Factors:
-    """A (E, R, in) and B (E, out, R), contiguous; R a multiple of ``MIN_RANK``, any scaling in B."""
+    """An addition s B A.
+
+    Attributes:
+        first: A (E, R, in), contiguous; R a multiple of ``MIN_RANK``.
+        second: B (E, out, R), in any layout.
+        scaling: s.
+    """
 
     first: torch.Tensor
     second: torch.Tensor
+    scaling: float
 
 
 def adapted_experts(
@@ -65,14 +72,11 @@ def adapted_experts(
     Returns:
         (N, D). Gradients go to tokens, multipliers and factors.
     """
-    factors = [None if one is None else part for one in (up, down) for part in _parts(one)]
+    factors = [part for one in (up, down) for part in ((None, None) if one is None else (one.first, one.second))]
+    scalings = tuple(1.0 if one is None else one.scaling for one in (up, down))
     return _AdaptedExperts.apply(
-        hidden_states, expert_weights, *factors, expert_indices, gate_up_proj, down_proj, hidden_act
+        hidden_states, expert_weights, *factors, expert_indices, gate_up_proj, down_proj, hidden_act, scalings
     )
-
-
-def _parts(factors: Factors | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return (None, None) if factors is None else (factors.first, factors.second)
 
 
 class _AdaptedExperts(torch.autograd.Function):
@@ -91,8 +95,10 @@ class _AdaptedExperts(torch.autograd.Function):
         gate_up_proj: Weight,
         down_proj: Weight,
         hidden_act: str,
+        scalings: tuple[float, float],
     ) -> torch.Tensor:
-        num_experts, double, hidden_size = gate_up_proj.shape
+        num_experts = gate_up_proj.shape[0]
+        second_up, second_down = _scaled(second_up, scalings[0]), _scaled(second_down, scalings[1])
         top_k = expert_indices.shape[1]
         plan = plan_routing(expert_indices, num_experts, HALF_ROWS)
         sorted_rows = rows.gather_rows(hidden_states, plan, top_k)
@@ -105,7 +111,7 @@ class _AdaptedExperts(torch.autograd.Function):
         ctx.save_for_backward(
             hidden_states, expert_weights, first_up, second_up, first_down, second_down, gate_up, low, plan.buffer
         )
-        ctx.weights = gate_up_proj, down_proj
+        ctx.weights, ctx.scalings = (gate_up_proj, down_proj), scalings
         ctx.top_k, ctx.hidden_act = top_k, hidden_act
         return rows.combine_rows(mixed, plan.places, top_k, expert_weights, hidden_states.dtype)
 
@@ -128,7 +134,7 @@ class _AdaptedExperts(torch.autograd.Function):
         down_grads: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if wanted[4] or wanted[5]:
             low_acted = _narrow(acted, first_down, plan, transposed=True)
-            down_grads = _factor_grads(acted, low_grad, upstream, low_acted, plan)
+            down_grads = _factor_grads(acted, low_grad, upstream, low_acted, plan, ctx.scalings[1])
         del upstream, acted, acted_grad
         low_grad = _narrow(gate_up_grad, second_up, plan, transposed=False)
         input_grad = None
@@ -140,9 +146,9 @@ class _AdaptedExperts(torch.autograd.Function):
         up_grads: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if wanted[2] or wanted[3]:
             sorted_rows = rows.gather_rows(hidden_states, plan, ctx.top_k)
-            up_grads = _factor_grads(sorted_rows, low_grad, gate_up_grad, low, plan)
+            up_grads = _factor_grads(sorted_rows, low_grad, gate_up_grad, low, plan, ctx.scalings[0])
         multipliers_grad = weights_grad.to(expert_weights.dtype) if wanted[1] else None
-        return input_grad, multipliers_grad, *up_grads, *down_grads, None, None, None, None
+        return input_grad, multipliers_grad, *up_grads, *down_grads, *(None,) * 5
 
 
 def _whole(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -151,6 +157,14 @@ def _whole(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
         return restored(weight, dtype)
     weight = weight.detach().contiguous()
     return weight if weight.data_ptr() % 16 == 0 else weight.clone()
+
+
+def _scaled(second: torch.Tensor | None, scaling: float) -> torch.Tensor | None:
+    """s B, contiguous, in one pass."""
+    if second is None:
+        return None
+    out = torch.empty(second.shape, dtype=second.dtype, device=second.device)
+    return torch.mul(second, scaling, out=out)
 
 
 def _narrow(
@@ -169,14 +183,20 @@ def _factor_grads(
     out_grad: torch.Tensor,
     low: torch.Tensor | None,
     plan: RoutingPlan,
+    scaling: float,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of A, (E, R, in), and B, (E, out, R), from rows of the inputs, of A x, and of both gradients."""
+    """Gradients of A, (E, R, in), and B, (E, out, R), from rows of the inputs, of A x, and of both gradients.
+
+    That of B lies as PEFT lays B, the expert changing fastest.
+    """
     if low is None or low_grad is None:
         return None, None
     config = _NARROW if inputs.is_cuda else _INTERPRETED
     # The wide side first: its tiles are tall, the rank is one narrow column of them.
     first = grouped_gemm.rows_by_rows(inputs, low_grad, plan, config).transpose(1, 2).contiguous()
-    return first, grouped_gemm.rows_by_rows(out_grad, low, plan, config)
+    second = grouped_gemm.rows_by_rows(out_grad, low, plan, config).permute(1, 2, 0)
+    scaled = torch.empty(second.shape, dtype=second.dtype, device=second.device)
+    return first, torch.mul(second, scaling, out=scaled).permute(2, 0, 1)
 
 
 def _added(

@@ -2,6 +2,7 @@
 
 A norm that is taken after the backward pass reads every gradient once more before the first weight can move. Where one
 process holds all gradients, each is read as soon as it is there instead, by kernels beside the backward pass's own.
+Small tensors (norms, adapters) are read together at the end: launching a kernel for each takes longer than reading it.
 """
 
 from typing import Any
@@ -13,6 +14,9 @@ from phi35 import gradient_squares
 from phi35.fused import uses_kernels
 from phi35.registry import resolve
 
+LEAST = 2**22
+"""Elements from which a tensor has kernels of its own."""
+
 
 class GradientNorm:
     """Norm of the gradients of some parameters, each expert counted once, where gradients are already averaged.
@@ -21,15 +25,16 @@ class GradientNorm:
         parameters: all that may have gradients; expert-parallel ones carry ``allreduce=False`` and ``group_name``.
         ahead: sum the squares of a gradient when the backward pass has made it, after ``watch``. Only where the
             gradients are not reduced over processes afterwards.
+        least: elements of a tensor that is read ahead.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], ahead: bool) -> None:
+    def __init__(self, parameters: list[nn.Parameter], ahead: bool, least: int = LEAST) -> None:
         self._watching = False
         self._parts: dict[nn.Parameter, torch.Tensor] = {}
         self._seen: set[nn.Parameter] = set()
         self._buffer = torch.empty(0)
         if ahead and parameters and uses_kernels(parameters[0]):
-            self._set_up(parameters)
+            self._set_up([parameter for parameter in parameters if parameter.numel() >= least])
 
     def __call__(self, parameters: list[nn.Parameter]) -> torch.Tensor:
         """The norm, a float32 scalar on the gradients' device; ``parameters``: those with gradients."""
@@ -46,6 +51,8 @@ class GradientNorm:
                 gradient_squares.ask(parameter)
 
     def _set_up(self, parameters: list[nn.Parameter]) -> None:
+        if not parameters:
+            return
         counts = [resolve("phi35.kernels.squares:num_parts")(parameter.numel()) for parameter in parameters]
         device = parameters[0].device
         self._buffer = torch.zeros(sum(counts), dtype=torch.float32, device=device)
@@ -77,12 +84,14 @@ class GradientNorm:
     def _sum_of_parts(self, parameters: list[nn.Parameter]) -> torch.Tensor:
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-        for parameter in set(parameters) - self._seen:  # its last micro-batch gave it none
+        given, small = set(parameters), [parameter for parameter in parameters if parameter not in self._parts]
+        for parameter in (self._parts.keys() & given) - self._seen:  # its last micro-batch gave it none
             self._write(parameter)
-        for parameter in self._parts.keys() - set(parameters):
+        for parameter in self._parts.keys() - given:
             self._parts[parameter].zero_()
         self._seen.clear()
-        return self._buffer.sum()
+        total = self._buffer.sum()
+        return total + sum_of_squares(small) if small else total
 
 
 def global_gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
@@ -101,11 +110,16 @@ def sum_of_squares(parameters: list[nn.Parameter]) -> torch.Tensor:
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         return parameters[0].new_zeros((), dtype=torch.float32)
-    if not uses_kernels(grads[0]):
-        return torch.stack(torch._foreach_norm(grads, 2.0, torch.float32)).square().sum()
-    num_parts, write = resolve("phi35.kernels.squares:num_parts"), resolve("phi35.kernels.squares:write_parts")
-    counts = [num_parts(grad.numel()) for grad in grads]
-    parts = torch.zeros(sum(counts), dtype=torch.float32, device=grads[0].device)
-    for grad, part in zip(grads, parts.split(counts), strict=True):
-        write(grad.contiguous(), part)
-    return parts.sum()
+    large = [grad for grad in grads if uses_kernels(grad) and grad.numel() >= LEAST]
+    small = [grad for grad in grads if not uses_kernels(grad) or grad.numel() < LEAST]
+    total = parameters[0].new_zeros((), dtype=torch.float32)
+    if large:
+        num_parts, write = resolve("phi35.kernels.squares:num_parts"), resolve("phi35.kernels.squares:write_parts")
+        counts = [num_parts(grad.numel()) for grad in large]
+        parts = total.new_zeros(sum(counts))
+        for grad, part in zip(large, parts.split(counts), strict=True):
+            write(grad.contiguous(), part)
+        total = total + parts.sum()
+    if small:
+        total = total + torch.stack(torch._foreach_norm(small, 2.0, torch.float32)).square().sum()
+    return total

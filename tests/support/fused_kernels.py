@@ -19,6 +19,7 @@ from phi35.feed_forward import gegelu
 from phi35.jitter import Jitter
 from phi35.kernels import adamw
 from phi35.loading import create
+from phi35.training import gradient_norm as gradient_norms
 from phi35.training import mixed_precision
 from phi35.training.acceleration import fuse
 from phi35.training.gradient_norm import GradientNorm, global_gradient_norm, sum_of_squares
@@ -174,13 +175,18 @@ def optimizer() -> dict[str, float]:
 
 
 def gradient_norm() -> dict[str, float]:
-    """Norms found during a backward pass: two micro-batches, a tensor of several parts, one without a gradient."""
+    """Norms found during a backward pass: two micro-batches, a tensor of several parts, one without a gradient.
+
+    Once with kernels for every tensor, once with the small ones read together at the end.
+    """
     report = {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    kinds = (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    for (kind, dtype), least in itertools.product(kinds, (0, 1000)):
+        name, gradient_norms.LEAST = f"{kind} from {least}", least
         used = torch.nn.Parameter(draw(70_001, dtype=dtype))
         early = torch.nn.Parameter(draw(3, 40, seed=1, dtype=dtype))
         never = torch.nn.Parameter(draw(5, seed=2, dtype=dtype))
-        norm = GradientNorm([used, early, never], ahead=True)
+        norm = GradientNorm([used, early, never], ahead=True, least=least)
         for step in range(2):  # what the first step leaves must not reach the second
             for batch in range(2):
                 if batch == 1:
@@ -219,7 +225,7 @@ class Offering(torch.autograd.Function):
 def offered_squares() -> dict[str, float]:
     """Squares that the backward pass leaves: taken from a lone contribution, and from nothing else."""
     weight, other = torch.nn.Parameter(draw(40, 1000)), torch.nn.Parameter(draw(7, seed=1))
-    norm = GradientNorm([weight, other], ahead=True)
+    norm = GradientNorm([weight, other], ahead=True, least=0)
     upstream = draw(40, 1000, seed=2)
     report = {}
     for name, factor, uses, early in (
