@@ -1,4 +1,4 @@
-"""Short greedy answers to many questions about few pictures.
+"""Short answers, greedy or drawn, to many questions about few pictures.
 
 Each picture goes through the tower once and its features serve every question; questions of like length run
 together. The answers are those of ``phi35.generate``.
@@ -30,9 +30,11 @@ def answer(
     *,
     batch_size: int = 256,
     max_new_tokens: int = 8,
+    temperature: float = 0.0,
+    seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Greedy answers, in the order of the questions.
+    """Answers, in the order of the questions.
 
     Args:
         model: a ``phi35.model.CausalLM`` with vision, in eval mode while this runs.
@@ -41,14 +43,19 @@ def answer(
         pictures: by key, anything ``Processor`` takes as an image.
         batch_size: questions that run together.
         max_new_tokens: most tokens of an answer.
+        temperature: 0 takes the likeliest token; else tokens are drawn from the scores divided by it.
+        seed: of what is drawn.
         progress: called with the number of questions answered since the last call.
 
     Raises:
-        ValueError: if a question names a picture that is not there.
+        ValueError: if a question names a picture that is not there, or for a negative temperature.
     """
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
     missing = sorted({str(key) for question in questions for key in question.pictures if key not in pictures})
     if missing:
         raise ValueError(f"questions ask about pictures that were not given: {missing[:10]}")
+    draw = torch.Generator(model.device).manual_seed(seed)
     training = model.training
     model.eval()
     try:
@@ -60,7 +67,8 @@ def answer(
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             row_features = [features[key] for index in chosen for key in questions[index].pictures]
-            new = _greedy(model, processor.pad([rows[index] for index in chosen]), row_features, max_new_tokens)
+            batch = processor.pad([rows[index] for index in chosen])
+            new = _new_tokens(model, batch, row_features, max_new_tokens, temperature, draw)
             for index, ids in zip(chosen, new, strict=True):
                 answers[index] = processor.decode(ids)
             if progress is not None:
@@ -92,8 +100,13 @@ def _ids(processor: Processor, question: Question, features: Mapping[Any, torch.
     return ids
 
 
-def _greedy(
-    model: Any, batch: dict[str, torch.Tensor], features: list[torch.Tensor], max_new_tokens: int
+def _new_tokens(
+    model: Any,
+    batch: dict[str, torch.Tensor],
+    features: list[torch.Tensor],
+    max_new_tokens: int,
+    temperature: float,
+    draw: torch.Generator,
 ) -> list[list[int]]:
     """New tokens of each row, its stop token left out."""
     input_ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
@@ -106,7 +119,11 @@ def _greedy(
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=model.device)
     columns = []
     for step in range(max_new_tokens):
-        tokens = logits[:, -1].argmax(dim=-1)
+        if temperature:
+            chances = (logits[:, -1].float() / temperature).softmax(dim=-1)
+            tokens = torch.multinomial(chances, 1, generator=draw)[:, 0]
+        else:
+            tokens = logits[:, -1].argmax(dim=-1)
         ended = ended | torch.isin(tokens, stop_ids)
         columns.append(torch.where(ended, -1, tokens))
         if bool(ended.all()) or step + 1 == max_new_tokens:

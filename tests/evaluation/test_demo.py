@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import phi35
 from phi35 import presets
@@ -38,6 +40,26 @@ def test_batched_answers_are_those_of_generate(loaded: tuple[object, Processor])
     ]
     assert answers == alone
     assert len(set(answers)) > 3
+
+
+def test_drawn_answers_follow_the_scores_and_the_seed(loaded: tuple[object, Processor]) -> None:
+    """A question asked many times: its first tokens come as often as the model's chances say."""
+    model, processor = loaded
+    picture = Image.new("RGB", (64, 64), "teal")
+    asked = [Question("<|image_1|>\nwhat?", ("one",))] * 600
+    options = {"batch_size": 300, "max_new_tokens": 1, "temperature": 2.0}
+    drawn, again, other = (answer(model, processor, asked, {"one": picture}, seed=s, **options) for s in (1, 1, 2))
+    assert drawn == again and drawn != other
+    text = processor.apply_chat_template([{"role": "user", "content": asked[0].prompt}])
+    with torch.inference_mode():
+        chances = (model(**processor(text, images=[picture])).logits[0, -1] / 2.0).softmax(dim=-1)
+    first = drawn[0]
+    same = [token for token in range(len(chances)) if processor.decode([token]) == first]
+    expected = float(chances[same].sum())
+    for counts in (drawn.count(first), other.count(first)):
+        assert abs(counts / 600 - expected) <= 4 * (expected * (1 - expected) / 600) ** 0.5
+    with pytest.raises(ValueError, match="temperature"):
+        answer(model, processor, asked[:1], {"one": picture}, temperature=-1.0)
 
 
 def test_pictures_that_are_not_there_are_named(loaded: tuple[object, Processor]) -> None:
