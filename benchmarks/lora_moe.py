@@ -12,7 +12,9 @@ Prints a table and, last, one JSON line.
 """
 
 import argparse
+import cProfile
 import json
+import pstats
 import sys
 import time
 from pathlib import Path
@@ -219,7 +221,7 @@ def time_training(engine: Engine, case: Case, rows: int, steps: int) -> dict[str
 
 
 def profile(engine: Engine, case: Case, rows: int) -> None:
-    """The kernels that take most of a step."""
+    """The kernels that take most of a step, and the functions in which the host spends its time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -231,6 +233,15 @@ def profile(engine: Engine, case: Case, rows: int) -> None:
         wait(device)
     order = "cuda_time_total" if device.type == "cuda" else "cpu_time_total"
     print(recorded.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=90))
+    # Autograd's thread, which runs the backward pass, is not seen; what it runs of Python is.
+    host = cProfile.Profile()
+    started = time.perf_counter()
+    host.runcall(engine.step, [batch], [labels], labels)
+    print(f"the host was done after {1e3 * (time.perf_counter() - started):.1f} ms", end=", ")
+    wait(device)
+    print(f"the device after {1e3 * (time.perf_counter() - started):.1f} ms, both under the profiler")
+    for order in ("tottime", "cumtime"):
+        pstats.Stats(host).sort_stats(order).print_stats(35)
 
 
 def print_row(name: str, row: dict[str, Any]) -> None:
