@@ -233,10 +233,11 @@ def profile(engine: Engine, case: Case, rows: int) -> None:
         wait(device)
     order = "cuda_time_total" if device.type == "cuda" else "cpu_time_total"
     print(recorded.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=90))
-    # Autograd's thread, which runs the backward pass, is not seen; what it runs of Python is.
+    # The profiler sees one thread: the backward pass must not run in another.
     host = cProfile.Profile()
     started = time.perf_counter()
-    host.runcall(engine.step, [batch], [labels], labels)
+    with torch.autograd.set_multithreading_enabled(False):
+        host.runcall(engine.step, [batch], [labels], labels)
     print(f"the host was done after {1e3 * (time.perf_counter() - started):.1f} ms", end=", ")
     wait(device)
     print(f"the device after {1e3 * (time.perf_counter() - started):.1f} ms, both under the profiler")
