@@ -9,7 +9,8 @@
 
 #define UNIT 64
 #define LANES 16
-#define AHEAD 16384 /* bytes at least asked for ahead, into the second cache: into the first it is half as fast */
+#define AHEAD 16384
+#endif /* bytes at least asked for ahead, into the second cache: into the first it is half as fast */
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define INLINE static inline __attribute__((always_inline))
 
@@ -136,16 +137,6 @@ TARGET_AVX512 static __attribute__((noinline)) __m512 slot_scales(const Weight *
     const int32_t *zeros = w->zeros ? w->zeros + (row >> (w->bits == 4 ? 3 : 2)) * w->groups : NULL;
     const __m128i down = _mm_cvtsi32_si128((int32_t)(row & (per_word - 1)) * w->bits);
     __m512 off = _mm512_setzero_ps(), zero = _mm512_set1_ps((float)(1 << (w->bits - 1)));
-    if (w->scale_kind == BFLOAT16 && !zeros && !p->shift) { /* the usual form, in half the time */
-        for (int64_t slot = 0; slot < p->room; slot += LANES) {
-            const int64_t at = token * p->room + slot;
-            const __m512 given = load_values(w->scale, row * w->groups + slot, lanes_of(w->groups - slot), BFLOAT16);
-            const __m512 scale = _mm512_mul_ps(given, _mm512_loadu_ps(p->scales + at));
-            _mm512_storeu_ps(slots + slot, scale);
-            off = _mm512_fmadd_ps(scale, _mm512_loadu_ps(p->sums + at), off);
-        }
-        return _mm512_mul_ps(off, zero);
-    }
     for (int64_t slot = 0; slot < p->room; slot += LANES) {
         const int64_t group = slot >> p->shift, at = token * p->room + slot;
         __m512 scale = load_scales(w, row, group);
@@ -162,6 +153,29 @@ TARGET_AVX512 static __attribute__((noinline)) __m512 slot_scales(const Weight *
         off = _mm512_fmadd_ps(_mm512_mul_ps(scale, zero), _mm512_loadu_ps(p->sums + at), off);
     }
     return off;
+}
+
+/* The same of eight rows at once in the usual form; totals: what is left to add. */
+TARGET_AVX512 static __attribute__((noinline)) void usual_scales(
+    const Weight *w, const Planes *p, int64_t row, int64_t token, float *slots, __m512 *total) {
+    const __m512 middle = _mm512_set1_ps((float)(1 << (w->bits - 1)));
+    const uint16_t *scales = (const uint16_t *)w->scale + row * w->groups;
+    __m512 left[8];
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) left[r] = _mm512_setzero_ps();
+    for (int64_t slot = 0; slot < p->room; slot += LANES) {
+        const __m512 times = _mm512_loadu_ps(p->scales + token * p->room + slot);
+        const __m512 off = _mm512_mul_ps(middle, _mm512_loadu_ps(p->sums + token * p->room + slot));
+        const __mmask16 mask = lanes_of(w->groups - slot);
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; r++) {
+            const __m512 scale = _mm512_mul_ps(load_values(scales, r * w->groups + slot, mask, BFLOAT16), times);
+            _mm512_storeu_ps(slots + r * p->room + slot, scale);
+            left[r] = _mm512_fnmadd_ps(scale, off, left[r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) total[r] = left[r];
 }
 
 /* A unit's scales, each in the lanes of its slot. */
@@ -203,18 +217,16 @@ TARGET_AVX512 INLINE void add_unit(
 #pragma GCC unroll 8
     for (int r = 0; r < count; r++) {
         _mm_prefetch(at->ahead + r * UNIT, _MM_HINT_T1);
-        __m512i raw = _mm512_maskz_loadu_epi8(mask, at->codes[r / 3] + r % 3 * at->row_bytes), high, small;
+        __m512i raw = _mm512_maskz_loadu_epi8(mask, at->codes[r / 3] + r % 3 * at->row_bytes), sum;
         __asm__("" : "+v"(raw)); /* loaded once */
         if (bits == 4) {
             const __m512i even = _mm512_and_si512(raw, low);
             const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(raw, 4), low);
-            high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, even, x_high), odd, odd_high);
-            small = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, even, x_low), odd, odd_low);
-        } else {
-            high = _mm512_dpbusd_epi32(none, raw, x_high);
-            small = _mm512_dpbusd_epi32(none, raw, x_low);
-        }
-        const __m512 value = _mm512_cvtepi32_ps(_mm512_add_epi32(small, _mm512_slli_epi32(high, 8)));
+            sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, even, x_high), odd, odd_high), 8);
+            sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, even, x_low), odd, odd_low);
+        } else
+            sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(_mm512_dpbusd_epi32(none, raw, x_high), 8), raw, x_low);
+        const __m512 value = _mm512_cvtepi32_ps(sum);
         const float *slots = at->slots[r / 3] + r % 3 * at->room;
         total[r] = _mm512_fmadd_ps(value, unit_scales(slots, unit_slots, which), total[r]);
     }
@@ -244,9 +256,11 @@ TARGET_AVX512 INLINE void rows_avx512(
     const int64_t scale_bytes = w->groups * (w->scale_kind == UINT8 ? 1 : 2), later = ahead / row_bytes * scale_bytes;
     const uint8_t *codes = w->codes + row * row_bytes;
     __m512 total[ROWS_AT_ONCE];
+    const int usual = count == 8 && w->scale_kind == BFLOAT16 && !w->zeros && !p->shift;
+    if (usual) usual_scales(w, p, row, token, scratch, total);
 #pragma GCC unroll 8
     for (int r = 0; r < count; r++) {
-        total[r] = _mm512_sub_ps(_mm512_setzero_ps(), slot_scales(w, p, row + r, token, scratch + r * p->room));
+        if (!usual) total[r] = _mm512_sub_ps(_mm512_setzero_ps(), slot_scales(w, p, row + r, token, scratch + r * p->room));
         _mm_prefetch((const char *)w->scale + (row + r) * scale_bytes + later, _MM_HINT_T1);
     }
     Place at = {
