@@ -9,8 +9,7 @@
 
 #define UNIT 64
 #define LANES 16
-#define AHEAD 16384
-#endif /* bytes at least asked for ahead, into the second cache: into the first it is half as fast */
+#define AHEAD 16384 /* bytes at least asked for ahead, into the second cache: into the first it is half as fast */
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define INLINE static inline __attribute__((always_inline))
 
