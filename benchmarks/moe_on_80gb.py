@@ -184,7 +184,10 @@ def check(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
     model = phi35.create(preset, device=device, dtype="bfloat16", seed=0, expert_memory=budget, **changes)
     say("created", device)
     row = {"part": "check", "places": places}
-    row |= offload_check.check(plain, model, arguments.prompt, min(15, arguments.prompt - 1), arguments.new_tokens)
+    num_steps = min(15, arguments.prompt - 1)
+    row |= offload_check.check(
+        plain, model, arguments.prompt, num_steps, arguments.new_tokens, lambda text: say(text, device)
+    )
     return row | memory(device)
 
 

@@ -1,30 +1,52 @@
 """Experts in host memory beside the same experts in place: what differs first, where, and whether either repeats.
 
 Part "check" of ``moe_on_80gb.py``. One and the same model runs twice in place and twice offloaded: a prompt, then steps
-of one token. What enters and leaves every sparse layer is kept, so that a difference is told apart: numbers that
-arrived otherwise (attention, or an earlier layer), another choice of experts, or other numbers from the same experts
-for the same tokens. The last is the offloading's own error, and there must be none. Logits alone do not tell: one
-rounding can send a token to another expert, which moves them by as much as they vary.
+of one token. What enters and leaves the parts of every sparse layer is kept, so that a difference is told apart: the
+first part that gives other numbers for the same ones. Of offloading, the experts alone may be that part, and must not.
+Logits do not tell: one rounding can send a token to another expert, which moves them by as much as they vary. Nor is
+torch's attention of one token the same from run to run on every device, so that all is compared with each of its
+kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 TOKENS = {1: 60, 40: 4, 500: 4}
 """Calls of each layer's experts on random tokens, by number of tokens."""
 
 
+PARTS = {
+    "arrived": "tokens arrived otherwise, though all layers before gave the same",
+    "qkv_proj": "queries, keys and values of the same tokens",
+    "attended": "attention over the same queries, keys and values",
+    "o_proj": "the projection of the same attention",
+    "normed": "the sum and norm of the same",
+    "choice": "the router's choice or weights for the same tokens",
+    "experts": "the experts' results for the same tokens, choices and weights",
+}
+"""Parts of a layer in order, and what it means that this is the first to differ."""
+BACKENDS = {
+    "any": (),
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH),
+    "flash": (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH),
+    "math": (SDPBackend.MATH,),
+}
+"""Kernels of attention that torch may take, "any" by its own order; MATH takes what the other does not."""
+REPEATS = 1000
+
+
 @dataclass
 class LayerPass:
-    """One sparse layer in one pass: tokens (N, D), choices (N, k), weights (N, k), what the experts gave (N, D)."""
+    """One sparse layer in one pass: what each of ``PARTS`` gave (N, ...), the router's choices (N, k) and weights."""
 
-    inputs: torch.Tensor
-    indices: torch.Tensor
+    parts: dict[str, torch.Tensor]
     weights: torch.Tensor
-    outputs: torch.Tensor
 
 
 @dataclass
@@ -37,31 +59,75 @@ class Pass:
 
 
 @torch.no_grad()
-def check(plain: Any, model: Any, prompt: int, num_steps: int, new_tokens: int) -> dict[str, Any]:
-    """All comparisons of a model in place and the same one offloaded, both on one device."""
+def check(
+    plain: Any, model: Any, prompt: int, num_steps: int, new_tokens: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """All comparisons of a model in place and the same one offloaded, both on one device; ``say`` is told how far."""
     row = compare_experts(plain, model) | {"places_wrong": places_wrong(model)}
+    if plain.device.type == "cuda":
+        row |= repeat_attention(plain)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 1000, (1, prompt), generator=generator).to(plain.device)
-    traces = {}
-    for name, one in (("plain", plain), ("plain_again", plain), ("offloaded", model), ("offloaded_again", model)):
-        traces[name] = trace(one, ids, num_steps)
-    first, *steps = traces["plain"]
-    found = traces["offloaded"]
-    row |= {
-        "prompt_difference": logits_difference(first, found[0]),
-        "step_difference": max(logits_difference(*pair) for pair in zip(steps, found[1:], strict=True)),
-        "experts_differ": experts_differ(traces["plain"], found),
-        "first_difference": first_difference(traces["plain"], found),
-        "plain_again": first_difference(traces["plain"], traces["plain_again"]),
-        "offloaded_again": first_difference(found, traces["offloaded_again"]),
-        "replay": replay(traces["plain"], model),
-        "places_wrong_after": places_wrong(model),
-    }
+    for name, allowed in BACKENDS.items():
+        if name == "any" or plain.device.type == "cuda":
+            say(f"attention by {name}")
+            with sdpa_kernel(list(allowed)) if allowed else nullcontext():
+                row |= {f"{name}_{key}": value for key, value in compare_passes(plain, model, ids, num_steps).items()}
+    row["places_wrong_after"] = places_wrong(model)
     options = {"max_new_tokens": new_tokens, "stop_token_ids": ()}
     texts = [one.generate(ids, fast=False, **options)[0, ids.shape[1] :].tolist() for one in (plain, model)]
     row["same_greedy_tokens"] = sum(a == b for a, b in zip(*texts, strict=True)) / new_tokens
     row["distinct_greedy_tokens"] = len(set(texts[0]))
     return row
+
+
+def compare_passes(plain: Any, model: Any, ids: torch.Tensor, num_steps: int) -> dict[str, Any]:
+    """A prompt and steps in place and offloaded, each twice."""
+    expected, again, found, found_again = (trace(one, ids, num_steps) for one in (plain, plain, model, model))
+    return {
+        "prompt_difference": logits_difference(expected[0], found[0]),
+        "step_difference": max(logits_difference(*pair) for pair in zip(expected[1:], found[1:], strict=True)),
+        "in_place_repeat_difference": max(logits_difference(*pair) for pair in zip(expected, again, strict=True)),
+        "experts_differ": experts_differ(expected, found),
+        "first_difference": first_difference(expected, found),
+        "in_place_again": first_difference(expected, again),
+        "offloaded_again": first_difference(found, found_again),
+        "replay": replay(expected, model),
+    }
+
+
+def repeat_attention(plain: Any) -> dict[str, Any]:
+    """torch's attention of one token over a cache's first 511 of 512 places, again and again.
+
+    For each kernel: calls whose result was not that of the first, and their error beside the first's, over the exact
+    result's deviation.
+    """
+    heads, num_kv, head_dim = (
+        getattr(plain.model.layers[0].self_attn, name) for name in ("num_heads", "num_kv_heads", "head_dim")
+    )
+    options: dict[str, Any] = {"device": plain.device, "generator": torch.Generator(plain.device).manual_seed(0)}
+    query = torch.randn(1, heads, 1, head_dim, **options)
+    keys, values = (torch.randn(1, num_kv, 512, head_dim, **options)[:, :, :511] for _ in range(2))
+    exact = F.scaled_dot_product_attention(query.double(), keys.double(), values.double(), enable_gqa=heads != num_kv)
+    query, keys, values = (tensor.to(plain.dtype) for tensor in (query, keys, values))
+    found: dict[str, Any] = {}
+    for name, allowed in BACKENDS.items():
+        with sdpa_kernel(list(allowed)) if allowed else nullcontext():
+            chosen = torch._fused_sdp_choice(query, keys, values, enable_gqa=heads != num_kv)
+            results = torch.cat([attend(query, keys, values) for _ in range(REPEATS)])
+        errors = (results.double() - exact).abs().amax(dim=(1, 2, 3)) / exact.std()
+        unlike = (results != results[:1]).flatten(1).any(dim=1)
+        text = f"{SDPBackend(chosen).name}: {int(unlike.sum())} of {REPEATS} calls unlike the first, "
+        text += f"error {float(errors[0]):.2g}"
+        found[f"{name}_repeats"] = text + (
+            f", of those up to {float(errors[unlike].max()):.2g}" if unlike.any() else ""
+        )
+    return found
+
+
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Attention as a model's step asks for it."""
+    return F.scaled_dot_product_attention(query, keys, values, enable_gqa=query.shape[1] != keys.shape[1])
 
 
 def compare_experts(plain: Any, model: Any) -> dict[str, Any]:
@@ -78,10 +144,10 @@ def compare_experts(plain: Any, model: Any) -> dict[str, Any]:
             for number, (layer, other) in enumerate(zip(*both, strict=True)):
                 drawn = random_call(layer.experts, tokens, generator)
                 expected, given = (one(*drawn) for one in (layer.experts, other.experts))
-                differing = int((given != expected).sum())
-                if differing and not wrong:
+                unlike = int((given != expected).sum())
+                if unlike and not wrong:
                     example = f"call {call}, layer {number}: {described(drawn[1], given, expected)}"
-                wrong, count = wrong + differing, count + given.numel()
+                wrong, count = wrong + unlike, count + given.numel()
                 worst = max(worst, float((given.float() - expected.float()).abs().max() / expected.float().std()))
         found[f"layers_differ_{tokens}"] = wrong / count
         if wrong:
@@ -115,16 +181,34 @@ def places_wrong(model: Any) -> str:
     return f"{len(wrong)}: {', '.join(wrong[:4])}" if wrong else "none"
 
 
+@torch.no_grad()
 def trace(model: Any, ids: torch.Tensor, num_steps: int) -> list[Pass]:
     """Run a prompt, all but the last of (1, T) ids, and these as steps of one token over a growing cache."""
     layers: list[LayerPass] = []
+    kept: dict[str, torch.Tensor] = {}
 
-    def keep(_: Any, arguments: tuple[torch.Tensor, ...], result: tuple[torch.Tensor, Any]) -> None:
-        routing, width = result[1], result[0].shape[-1]
-        inputs, outputs = (tensor.reshape(-1, width) for tensor in (arguments[0], result[0]))
-        layers.append(LayerPass(inputs, routing.expert_indices, routing.expert_weights, outputs))
+    def flat(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(-1, tensor.shape[-1])
 
-    handles = [layer.register_forward_hook(keep) for layer in sparse_layers(model)]
+    def entering(name: str) -> Any:
+        return lambda _, arguments: kept.__setitem__(name, flat(arguments[0]))
+
+    def leaving(name: str) -> Any:
+        return lambda _, __, result: kept.__setitem__(name, flat(result))
+
+    def layer_done(_: Any, __: Any, result: tuple[torch.Tensor, Any]) -> None:
+        parts = kept | {"choice": result[1].expert_indices, "experts": flat(result[0])}
+        layers.append(LayerPass({name: parts[name] for name in PARTS}, result[1].expert_weights))
+
+    handles = []
+    for layer in (one for one in model.model.layers if hasattr(one.mlp, "experts")):
+        attention = layer.self_attn
+        handles += [attention.register_forward_pre_hook(entering("arrived"))]
+        handles += [attention.qkv_proj.register_forward_hook(leaving("qkv_proj"))]
+        handles += [attention.o_proj.register_forward_pre_hook(entering("attended"))]
+        handles += [attention.o_proj.register_forward_hook(leaving("o_proj"))]
+        handles += [layer.mlp.register_forward_pre_hook(entering("normed"))]
+        handles += [layer.mlp.register_forward_hook(layer_done)]
     cache, passes, first = model.new_cache(1), [], ids.shape[1] - num_steps
     parts = [(f"prompt of {first} tokens", 0, first)]
     parts += [(f"step at {place}", place, place + 1) for place in range(first, ids.shape[1])]
@@ -152,41 +236,44 @@ def experts_differ(expected: Sequence[Pass], found: Sequence[Pass]) -> int:
 
 
 def where(expected: LayerPass, found: LayerPass) -> str:
-    """What of a layer differs first: "arrived", "choice" or "experts"; "" where nothing does."""
-    if not torch.equal(expected.inputs, found.inputs):
-        return "arrived"
-    if not (torch.equal(expected.indices, found.indices) and torch.equal(expected.weights, found.weights)):
-        return "choice"
-    return "" if torch.equal(expected.outputs, found.outputs) else "experts"
+    """The first of ``PARTS`` that differs; "" where nothing does."""
+    for name, tensor in expected.parts.items():
+        same = torch.equal(tensor, found.parts[name])
+        if not same or (name == "choice" and not torch.equal(expected.weights, found.weights)):
+            return name
+    return ""
 
 
 def first_difference(expected: Sequence[Pass], found: Sequence[Pass]) -> str:
-    """In words: the first pass and layer in which two traces differ, and how."""
-    told = {
-        "arrived": "tokens arrived otherwise while all layers before gave the same (attention, or its cache)",
-        "choice": "the router chose or weighted otherwise for the same tokens",
-    }
+    """In words: the first pass, layer and part in which two traces differ, and how."""
     for one, other in zip(expected, found, strict=True):
-        for number, pair in enumerate(zip(one.layers, other.layers, strict=True)):
-            kind = where(*pair)
-            if kind:
-                text = told.get(kind) or described(pair[0].indices, pair[1].outputs, pair[0].outputs)
-                return f"{one.name}, layer {number}: {text}"
+        for number, (mine, theirs) in enumerate(zip(one.layers, other.layers, strict=True)):
+            part = where(mine, theirs)
+            if part:
+                given, wanted = theirs.parts[part], mine.parts[part]
+                told = differing(given, wanted)
+                if part == "experts":
+                    told = described(mine.parts["choice"], given, wanted)
+                return f"{one.name}, layer {number}: {PARTS[part]}; {told}"
         if not torch.equal(one.logits, other.logits):
-            return f"{one.name}: logits, while all layers gave the same"
+            return f"{one.name}: logits, though all layers gave the same"
     return "none"
+
+
+def differing(found: torch.Tensor, expected: torch.Tensor) -> str:
+    """How many numbers differ and by how much."""
+    largest = (found.float() - expected.float()).abs().max() / expected.float().std()
+    return f"{int((found != expected).sum())} of {found.numel()} numbers, at most {float(largest):.2g} deviations"
 
 
 def described(indices: torch.Tensor, found: torch.Tensor, expected: torch.Tensor) -> str:
     """Which tokens and experts differ, and by how much."""
-    differing = (found != expected).any(dim=1).nonzero().flatten()
-    largest = float((found.float() - expected.float()).abs().max() / expected.float().std())
-    common = indices[differing].flatten().bincount()
-    shared = (common == len(differing)).nonzero().flatten().tolist()
+    tokens = (found != expected).any(dim=1).nonzero().flatten()
+    shared = (indices[tokens].flatten().bincount() == len(tokens)).nonzero().flatten().tolist()
     return (
-        f"experts gave other numbers to {len(differing)} of {len(found)} tokens, {int((found != expected).sum())} "
-        f"numbers, at most {largest:.2g} standard deviations; first tokens {differing[:4].tolist()}, their experts "
-        f"{indices[differing[:4]].tolist()}, experts that all of them chose {shared}"
+        f"experts gave other numbers to {len(tokens)} of {len(found)} tokens, {differing(found, expected)}; first "
+        f"tokens {tokens[:4].tolist()}, their experts {indices[tokens[:4]].tolist()}, experts that all of them chose "
+        f"{shared}"
     )
 
 
@@ -195,11 +282,12 @@ def replay(expected: Sequence[Pass], model: Any) -> str:
     wrong, count, example = 0, 0, ""
     for one in expected:
         for number, (layer, kept) in enumerate(zip(sparse_layers(model), one.layers, strict=True)):
-            found = layer.experts(kept.inputs, kept.indices, kept.weights)
+            indices, wanted = kept.parts["choice"], kept.parts["experts"]
+            found = layer.experts(kept.parts["normed"], indices, kept.weights)
             count += 1
-            if not torch.equal(found, kept.outputs):
+            if not torch.equal(found, wanted):
                 wrong += 1
-                example = example or f": {one.name}, layer {number}: {described(kept.indices, found, kept.outputs)}"
+                example = example or f": {one.name}, layer {number}: {described(indices, found, wanted)}"
     return f"{wrong} of {count} differ{example}"
 
 

@@ -82,7 +82,8 @@ def test_copies_that_take_longer_than_the_computation(places: int) -> None:
     Every step guesses the next layer's experts, most of them wrongly, so that a place is overwritten while an older
     copy to it is still under way; in the end the places hold what the host holds.
     """
-    config = CONFIG.replace(num_hidden_layers=3, hidden_size=2048, intermediate_size=4096, initializer_range=0.02)
+    sizes = {"hidden_size": 2048, "num_attention_heads": 128, "intermediate_size": 4096}
+    config = CONFIG.replace(num_hidden_layers=3, initializer_range=0.02, **sizes)
     plain = phi35.create(config, device="cuda", dtype="bfloat16", seed=0)
     one = sum(tensor[0].nbytes for tensor in plain.model.layers[0].mlp.experts.parameters())
     model = phi35.create(config, device="cuda", dtype="bfloat16", seed=0, expert_memory=places * 3 * one)
