@@ -132,24 +132,24 @@ def measure(
     plain = device.type == "cpu"
     row["prefill"], _ = median(lambda: prefill(model, empty, prompts, plain=plain), rounds)
 
-    def first() -> None:
+    def first() -> Decoding:
         decoding = Decoding(model, ids, None, pixels, sizes, max_new_tokens=2, stop_token_ids=())
         decoding.step()
-        decoding.step()  # ends it, so that its step is kept for the next one
+        return decoding
 
-    def whole() -> None:
+    def whole() -> Decoding:
         transform.many(images, [num_crops] * pictures)
-        first()
+        return first()
 
     model.image_feature_cache = None
-    row["first"], _ = median(first, rounds)
-    row["whole"], _ = median(whole, rounds)
+    row["first"], _ = median(first, rounds, Decoding.step)
+    row["whole"], _ = median(whole, rounds, Decoding.step)
     model.image_feature_cache, transform.cache = cache, registry.resolve("images.cache")(2**31)
-    row["again"], _ = median(first, rounds)
-    row["whole_again"], _ = median(whole, rounds)
+    row["again"], _ = median(first, rounds, Decoding.step)
+    row["whole_again"], _ = median(whole, rounds, Decoding.step)
     model.image_feature_cache = None
     if arguments.profile:
-        profile_host(first)
+        profile_host(lambda: first().step())
     step_pool.drop(model)
     rate = record["dense_tflops"] * 1e9
     row["tower_bound"] = tower_flops(config, len(pixels)) / rate
@@ -172,8 +172,8 @@ def profile_host(call: Callable[[], Any], lines: int = 25) -> None:
     pstats.Stats(profiler).sort_stats("cumulative").print_stats(lines)
 
 
-def median(call: Callable[[], Any], rounds: int) -> tuple[float, Any]:
-    """Median milliseconds of a call after one to warm up, and its last result."""
+def median(call: Callable[[], Any], rounds: int, end: Callable[[Any], Any] | None = None) -> tuple[float, Any]:
+    """Median milliseconds of a call after one to warm up, and its last result, which ``end`` takes untimed."""
     times, result = [], None
     for turn in range(rounds + 1):
         transformers_peer.synchronise()
@@ -182,6 +182,8 @@ def median(call: Callable[[], Any], rounds: int) -> tuple[float, Any]:
         transformers_peer.synchronise()
         if turn:
             times.append(1e3 * (time.perf_counter() - start))
+        if end is not None:
+            end(result)
     return statistics.median(times), result
 
 

@@ -16,7 +16,7 @@ import torch
 
 from phi35.generation import step_pool
 from phi35.generation.fast_prefill import Prompt, prefill, to_device
-from phi35.generation.fast_step import CannotCaptureError, limit, waits_for_host
+from phi35.generation.fast_step import CannotCaptureError, DecodeStep, limit, waits_for_host
 from phi35.generation.plain_steps import PlainSteps
 from phi35.generation.rows import Row, crosses, rope_length
 from phi35.module_walk import walk
@@ -65,15 +65,17 @@ def steps_for(model: Any, options: Any, rows: list[Row]) -> "PlainSteps | Captur
     if reason is None and options.fast and not graph:
         reason = "its experts lie in host memory"
     elif reason is None:
-        try:
-            return CapturedSteps(model, options, rows, graph=graph)
-        except CannotCaptureError as error:
-            reason = str(error)
+        return CapturedSteps(model, options, rows, graph=graph)
     if options.fast:
-        raise ValueError(f"fast=True, but the model's step cannot be captured in a CUDA graph: {reason}")
+        raise ValueError(no_graph(reason))
     if model.device.type == "cuda":
         _say_once(reason)
     return PlainSteps(model, options, rows)
+
+
+def no_graph(reason: str) -> str:
+    """What a call with ``fast=True`` is told."""
+    return f"fast=True, but the model's step cannot be captured in a CUDA graph: {reason}"
 
 
 @functools.cache
@@ -92,23 +94,27 @@ class CapturedSteps:
         graph: capture the step; else its kernels are launched one by one, and none is queued ahead.
 
     Raises:
-        CannotCaptureError: if a module of the model waits for the device.
+        ValueError: if ``options.fast`` asks for a graph and a module of the model waits for the device.
     """
 
     def __init__(self, model: Any, options: Any, rows: list[Row], plain: bool = False, graph: bool = True) -> None:
         self.model, self.config, self.options, self.plain = model, model.config, options, plain
-        self._graph, self._ahead = graph, AHEAD if graph else 0
+        self._graph, self._ahead = graph and not plain, AHEAD if graph else 0
         self._rows, self._places = list(rows), list(range(len(rows)))
         self._made, self._drawn = 0, 0
         self._queue: collections.deque[Queued] = collections.deque()
         capacity, kind = self._capacity(FIRST_TOKENS), options.kv_cache_dtype
-        self.step = step_pool.take(model, len(rows), capacity, plain, kind, graph)
+        self.step = step_pool.take(model, len(rows), capacity, plain, kind)
+        if options.fast:
+            self._capture()
         self._set_up()
 
     def next(self) -> list[int]:
         """The next token of each unfinished row; their log-probabilities are added to the rows where asked for."""
+        first = self._made == 0
         while len(self._queue) <= self._ahead and self._queue_one():
-            pass
+            if first and self._lacks_graph:
+                break  # the first tokens do not wait for the capture
         queued = self._queue.popleft()
         tokens, logprobs = self._read(queued)
         if self.options.return_logprobs:
@@ -149,9 +155,26 @@ class CapturedSteps:
         if crossing:
             self._cross(crossing)
         else:
+            self._capture()
             self.step.run()
             self._note()
         return True
+
+    @property
+    def _lacks_graph(self) -> bool:
+        return self._graph and not self.step.is_captured
+
+    def _capture(self) -> None:
+        """Capture the step if it is not yet; where that cannot be, its kernels are launched one by one from here on."""
+        if not self._lacks_graph:
+            return
+        try:
+            self.step.capture()
+        except CannotCaptureError as error:
+            if self.options.fast:
+                raise ValueError(no_graph(str(error))) from error
+            _say_once(str(error))
+            self._graph, self._ahead = False, 0
 
     def _left(self) -> int:
         """Steps that some row still needs, beyond those queued."""
@@ -269,14 +292,14 @@ class CapturedSteps:
         self._synchronise()
         del self.step  # the graph, before its cache moves
         cache.resize(self._capacity(max(FIRST_TOKENS, cache.capacity)))
-        self.step = step_pool.make(self.model, cache, self.plain, state, self._graph)
+        self.step = DecodeStep(self.model, cache, plain=self.plain, state=state)
 
     def _shrink(self) -> None:
         """Go on with the unfinished rows alone; what is queued has been read."""
         places = torch.tensor(self._places, device=self.model.device)
         cache, state = self.step.cache.select_rows(places), self.step.state.select(places)
         del self.step
-        self.step = step_pool.make(self.model, cache, self.plain, state, self._graph)
+        self.step = DecodeStep(self.model, cache, plain=self.plain, state=state)
         self._places = list(range(len(self._rows)))
 
     def _synchronise(self) -> None:

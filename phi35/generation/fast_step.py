@@ -80,6 +80,11 @@ class DecodeStep:
         """Whether the model's weights still lie where the step reads them."""
         return self._weights == fingerprint(self.model)
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps come from a graph."""
+        return self._graph is not None
+
     @torch.no_grad()
     def run(self) -> None:
         """Take one step, from the graph once there is one."""
@@ -110,26 +115,30 @@ class DecodeStep:
 
     @torch.no_grad()
     def capture(self) -> None:
-        """Capture the step in a CUDA graph; the first step of a process compiles the kernels. The state stays.
+        """Capture the step in a CUDA graph; the first step of a process compiles the kernels.
+
+        The state stays; the slots of the cache at the rows' lengths are written, which the next step writes anew.
 
         Raises:
-            CannotCaptureError: if a module waits for the device.
+            CannotCaptureError: if a module waits for the device. The step can be run without a graph.
         """
         values = vars(self.state)
         saved = {name: value.clone() for name, value in values.items()}
         stream = torch.cuda.Stream(self.model.device)
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._run_without_waiting()
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                self._run_without_waiting()
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+            for name, value in values.items():
+                value.copy_(saved[name])
         torch.cuda.synchronize(self.model.device)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.run()
         self._graph = graph
-        for name, value in values.items():
-            value.copy_(saved[name])
 
     def _run_without_waiting(self) -> None:
         """A step in which waiting for the device is an error."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from phi35.generation.captured_feed import CapturedFeed
+from phi35.generation.captured_steps import no_graph
 from phi35.generation.drafting import Drafter, DraftModel, PromptLookup
 from phi35.generation.fast_step import CannotCaptureError, limit
 from phi35.generation.feeds import Feed, PlainFeed
@@ -140,7 +141,7 @@ def feed_for(
         except CannotCaptureError as error:
             reason = str(error)
     if options.fast:
-        raise ValueError(f"fast=True, but the model's step cannot be captured in a CUDA graph: {reason}")
+        raise ValueError(no_graph(reason))
     if model.device.type == "cuda":
         logger.warning("speculating without CUDA graphs: %s", reason)
     return PlainFeed(model, options, rows, draws)

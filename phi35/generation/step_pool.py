@@ -5,9 +5,7 @@ Capturing takes some tens of milliseconds (docs/inference.md), so that short ans
 
 from typing import Any
 
-from phi35.cache import KVCache
 from phi35.generation.fast_step import DecodeStep
-from phi35.kernels.operands import StepState
 
 KEPT_BYTES = 2**30
 """Largest cache that is kept with its step."""
@@ -28,14 +26,8 @@ class KeptStep:
         return KeptStep, ()
 
 
-def take(
-    model: Any, batch: int, capacity: int, plain: bool, kv_cache_dtype: str | None = None, graph: bool = True
-) -> DecodeStep:
-    """A step for so many rows of so many tokens: the kept one where it serves, else a new one.
-
-    Raises:
-        CannotCaptureError: if a module of the model waits for the device.
-    """
+def take(model: Any, batch: int, capacity: int, plain: bool, kv_cache_dtype: str | None = None) -> DecodeStep:
+    """A step for so many rows of so many tokens: the kept one where it serves, else a new one, not captured yet."""
     kept = model.__dict__.pop(ATTRIBUTE, KeptStep()).step
     if kept is not None:
         cache = kept.cache
@@ -43,15 +35,7 @@ def take(
         if not plain and fits and kept.is_current:
             return kept
         del kept, cache
-    return make(model, model.new_cache(batch, capacity, kv_cache_dtype), plain, graph=graph)
-
-
-def make(model: Any, cache: KVCache, plain: bool, state: StepState | None = None, graph: bool = True) -> DecodeStep:
-    """A step over a cache, captured unless ``plain`` or without ``graph``."""
-    step = DecodeStep(model, cache, plain=plain, state=state)
-    if graph and not plain:
-        step.capture()
-    return step
+    return DecodeStep(model, model.new_cache(batch, capacity, kv_cache_dtype), plain=plain)
 
 
 def give(model: Any, step: DecodeStep) -> None:

@@ -114,6 +114,33 @@ def test_drafts_through_graphs_give_the_plain_loops_text(name: str, rows: int, m
     step_pool.drop(model)
 
 
+def test_the_first_token_does_not_wait_for_the_capture() -> None:
+    """The step is captured for the second token, and a sparse batch in float32, which cannot be, goes on without."""
+    model, batch = tiny("tiny-phi-3.5-mini").cuda(), batch_of(12, 20)
+    decoding = Decoding(model, **batch, max_new_tokens=6, stop_token_ids=())
+    decoding.step()
+    assert isinstance(decoding._steps, CapturedSteps) and not decoding._steps.step.is_captured
+    decoding.step()
+    assert decoding._steps.step.is_captured
+    while not decoding.done:
+        decoding.step()
+    assert torch.equal(decoding.output(), generate(model, **batch, max_new_tokens=6, stop_token_ids=(), fast=False))
+    kept = model.__dict__[step_pool.ATTRIBUTE].step
+    again = Decoding(model, **batch, max_new_tokens=6, stop_token_ids=())
+    again.step()
+    assert again._steps.step is kept and kept.is_captured
+    sparse = tiny("tiny-phi-3.5-moe").cuda()
+    found = Decoding(sparse, **batch, max_new_tokens=6, stop_token_ids=())
+    while not found.done:
+        found.step()
+    assert isinstance(found._steps, CapturedSteps) and not found._steps.step.is_captured
+    assert torch.equal(found.output(), generate(sparse, **batch, max_new_tokens=6, stop_token_ids=(), fast=False))
+    with pytest.raises(ValueError, match="fast=True, but"):
+        Decoding(sparse, **batch, max_new_tokens=6, fast=True).step()
+    step_pool.drop(model)
+    step_pool.drop(sparse)
+
+
 def test_a_kept_step_serves_the_next_call() -> None:
     model = tiny("tiny-phi-3.5-mini").cuda()
     batch = batch_of(12)
