@@ -18,6 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from phi35.block_sparse import BlockSparsePlan, attend_block_sparse, block_pattern, plan_sequence
 from phi35.cache import KVCache
 from phi35.generation.fast_step import needs_modules
+from phi35.generation.split_attention import attend_in_two, takes_two_parts
 from phi35.kernels import reference
 from phi35.kernels.operands import LayerCache, Rope, norm_of
 from phi35.kernels.operations import BatchOperations, ModuleOperations, PlainOperations
@@ -277,6 +278,8 @@ def _over_cache(
         return attend_block_sparse(queries, keys, values, plan, scale)[0].transpose(0, 1)
     gqa = keys.shape[1] != queries.shape[1]
     if queries.device.type == "cuda" and (window is None or total <= window):
+        if takes_two_parts(queries, keys, values):
+            return attend_in_two(queries, keys, values, scale)[0].transpose(0, 1)
         bias: Any = causal_lower_right(length, total)
     else:
         last = torch.arange(total - length, total, device=queries.device)[:, None]

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from phi35.config import VisionConfig
-from phi35.serving.prompts import _limited
 from vision.crop_cache import CropCache, file_digest
 from vision.image_transform import ImageTransform
 
@@ -105,20 +104,3 @@ def test_copies_and_pickles_of_a_cache_are_empty_and_bad_files_have_no_digest(tm
         assert len(twin.cache) == 0 and twin.cache.max_bytes == 10**6
         assert equal(twin(picture(56, 56), 4), transform(picture(56, 56), 4))
     assert all(file_digest(source) is None for source in (tmp_path, tmp_path / "none", "a\0b", picture(2, 2)))
-
-
-def test_a_transform_with_another_opening_shares_no_pictures() -> None:
-    """A server's limits hold for a picture that the process has cut without them."""
-    from phi35.serving.errors import ApiError
-
-    transform, content = ImageTransform(LEAN), encoded(picture(60, 60))
-    transform.cache = CropCache()
-    crops = transform(content, 4)
-    limited = _limited(transform, max_pixels=3599)
-    with pytest.raises(ApiError, match="more than 3599"):
-        limited(content, 4)
-    wider = _limited(transform, max_pixels=3600)
-    assert equal(wider(content, 4), crops) and equal(wider(content, 4), crops)
-    assert (wider.cache.hits, wider.cache.misses, len(transform.cache)) == (1, 1, 1)
-    with pytest.raises(ValueError, match="opens its own"):
-        _limited(lambda image, num_crops: crops, 10)
