@@ -4,48 +4,45 @@
 core, and a device waits meanwhile; these take a tenth of it. A module that is reached twice is given twice.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 
-def walk(module: nn.Module, stop: Callable[[nn.Module], bool] | None = None) -> Iterator[nn.Module]:
-    """A module and all below it, in no order that means anything but always the same one.
+def walk(module: nn.Module, stop: Callable[[nn.Module], bool] | None = None) -> list[nn.Module]:
+    """A module and all below it, always in the same order.
 
     Args:
         module: the root.
-        stop: modules for which this is true are left out, with all below them.
+        stop: modules below the root for which this is true are left out, with all below them.
     """
-    left = [module]
-    while left:
-        one = left.pop()
-        if stop is not None and stop(one):
-            continue
-        yield one
+    found = [module]
+    for one in found:  # grows while it runs
         if one._modules:
-            left.extend(child for child in one._modules.values() if child is not None)
+            children = [child for child in one._modules.values() if child is not None]
+            found += children if stop is None else [child for child in children if not stop(child)]
+    return found
 
 
 def set_evaluation(module: nn.Module) -> None:
     """Put a module and all below it into evaluation mode, as ``eval`` does."""
-    if any(one.training for one in walk(module)):
+    if any([one.training for one in walk(module)]):  # a list: a generator takes longer than it may save
         module.eval()
 
 
-def stored_tensors(module: nn.Module, stop: Callable[[nn.Module], bool] | None = None) -> Iterator[torch.Tensor]:
+def stored_tensors(module: nn.Module, stop: Callable[[nn.Module], bool] | None = None) -> list[torch.Tensor]:
     """Parameters and persistent buffers: what ``state_dict`` holds.
 
     Args:
         module: the root.
         stop: as of ``walk``.
     """
+    found: list[torch.Tensor] = []
     for one in walk(module, stop):
-        for tensor in one._parameters.values():
-            if tensor is not None:
-                yield tensor
-        passing: Any = one._non_persistent_buffers_set
-        for name, buffer in one._buffers.items():
-            if buffer is not None and name not in passing:
-                yield buffer
+        if one._parameters:
+            found += [tensor for tensor in one._parameters.values() if tensor is not None]
+        if one._buffers:
+            passing = one._non_persistent_buffers_set
+            found += [buffer for name, buffer in one._buffers.items() if buffer is not None and name not in passing]
+    return found

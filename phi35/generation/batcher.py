@@ -18,13 +18,12 @@ from phi35.generation.choices import MAX_ALTERNATIVES, alternatives, choose_on_h
 from phi35.generation.constraints import ConstraintError, TokenConstraint
 from phi35.generation.decoding import Decoding
 from phi35.generation.fast_prefill import Prompt, PromptPass, Segment
-from phi35.generation.fast_step import DecodeStep, limit, waits_for_host
+from phi35.generation.fast_step import DecodeStep, any_waits_for_host, limit
 from phi35.generation.request_state import RequestState
 from phi35.generation.requests import Emitted, Queued, Request
 from phi35.generation.rows import crosses, finish_reason, rope_length
 from phi35.image_cache import ImageFeatureCache
 from phi35.kernels.operands import StepState
-from phi35.module_walk import walk
 from phi35.paged_cache import PAGE_SIZE, PagedCache, PagedRows
 from phi35.prefix_cache import PageKeys, PrefixStatistics
 from phi35.tokenizer import Tokenizer
@@ -482,7 +481,7 @@ class Batcher:
         if self.model.spread is not None:
             raise ValueError("the batcher needs a model on one device, and this one's parts are spread over several")
         reason = limit(self.model, kv_cache_dtype) if mode in (None, "graphs") else None
-        if reason is None and any(map(waits_for_host, walk(self.model))):
+        if reason is None and any_waits_for_host(self.model):
             if mode == "graphs":
                 reason = "its experts lie in host memory"
             mode = mode or "kernels"

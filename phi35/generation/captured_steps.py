@@ -16,10 +16,9 @@ import torch
 
 from phi35.generation import step_pool
 from phi35.generation.fast_prefill import Prompt, prefill, to_device
-from phi35.generation.fast_step import CannotCaptureError, DecodeStep, limit, waits_for_host
+from phi35.generation.fast_step import CannotCaptureError, DecodeStep, any_waits_for_host, limit
 from phi35.generation.plain_steps import PlainSteps
 from phi35.generation.rows import Row, crosses, rope_length
-from phi35.module_walk import walk
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ def steps_for(model: Any, options: Any, rows: list[Row]) -> "PlainSteps | Captur
     if options.fast is False:
         return PlainSteps(model, options, rows)
     reason = limit(model, options.kv_cache_dtype)
-    graph = not any(map(waits_for_host, walk(model)))
+    graph = not any_waits_for_host(model)
     if reason is None and options.fast and not graph:
         reason = "its experts lie in host memory"
     elif reason is None:

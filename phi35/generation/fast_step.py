@@ -5,6 +5,7 @@ device, so that steps follow each other without the host. It computes what ``Cau
 row, up to rounding. Weights are read where they lie.
 """
 
+import operator
 import warnings
 from typing import Any
 
@@ -19,9 +20,11 @@ from phi35.kernels import availability, reference
 from phi35.kernels.operands import Rope, StepState, norm_of
 from phi35.kernels.operations import BatchOperations, ModuleOperations, PlainOperations, VectorOperations
 from phi35.kernels.tuning import DEFAULT, StepTuning
-from phi35.module_walk import stored_tensors
+from phi35.module_walk import stored_tensors, walk
 from phi35.norm import LayerNorm, RMSNorm
 from phi35.registry import resolve
+
+_DEVICE = operator.attrgetter("device")
 
 
 class CannotCaptureError(RuntimeError):
@@ -199,10 +202,11 @@ def model_limit(model: Any, kv_cache_dtype: str | None = None) -> str | None:
     """Why no device could take a model's step by kernels, or None."""
     if getattr(model, "spread", None) is not None:
         return "its parts are spread over devices"
-    if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"its activations are {model.dtype}"
-    decoder = model.model
-    devices = {tensor.device for tensor in stored_tensors(model, stop=waits_for_host)}
+    decoder, dtype = model.model, model.dtype
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"its activations are {dtype}"
+    stop = waits_for_host if any_waits_for_host(model) else None
+    devices = set(map(_DEVICE, stored_tensors(model, stop)))
     if len(devices) != 1:
         return f"its weights lie on {sorted(map(str, devices))}"
     if getattr(decoder, "sequence_parallel", None) is not None:
@@ -211,11 +215,12 @@ def model_limit(model: Any, kv_cache_dtype: str | None = None) -> str | None:
         return "its head_dim or hidden_size is no multiple of 8"
     if kv_cache_dtype is not None and model.config.attention_head_dim % 16:
         return f"a cache in {kv_cache_dtype} needs a head_dim of a multiple of 16"
+    last = decoder.norm
     for layer in decoder.layers:
         if type(layer.self_attn) is not Attention or layer._forward_hooks or layer._forward_pre_hooks:
             return f"a layer is not the decoder's own: {type(layer.self_attn).__name__}, or one with hooks"
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm):
-            if type(norm) not in (RMSNorm, LayerNorm, nn.LayerNorm) or norm.weight.dtype != model.dtype:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm, last):
+            if type(norm) not in (RMSNorm, LayerNorm, nn.LayerNorm) or norm.weight.dtype != dtype:
                 return f"a norm is {type(norm).__name__} of {norm.weight.dtype}"
     return None
 
@@ -225,8 +230,13 @@ def waits_for_host(module: nn.Module) -> bool:
 
     No CUDA graph holds it; its weights may lie in host memory.
     """
-    # Not by getattr: a module that lacks a name looks through its parameters and raises, some microseconds each.
-    return bool(vars(module).get("waits_for_host", getattr(type(module), "waits_for_host", False)))
+    # Of its class: a module that lacks a name looks through its parameters and raises, some microseconds each.
+    return bool(getattr(type(module), "waits_for_host", False))
+
+
+def any_waits_for_host(model: nn.Module) -> bool:
+    """Whether some module of a model does."""
+    return any(getattr(kind, "waits_for_host", False) for kind in set(map(type, walk(model))))
 
 
 def fingerprint(model: Any) -> tuple[int, ...]:

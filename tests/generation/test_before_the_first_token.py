@@ -23,7 +23,7 @@ def test_a_walk_meets_all_modules_and_all_that_is_stored(name: str) -> None:
     model.model.norm.register_buffer("kept", torch.zeros(1))
     model.model.norm.register_buffer("passing", torch.zeros(1), persistent=False)
     model.model.norm.register_buffer("empty", None)
-    met = list(walk(model))
+    met = walk(model)
     assert len(met) == len(set(met)) and set(met) == set(model.modules())
     stored = {id(tensor) for tensor in stored_tensors(model)}
     assert stored == {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
@@ -32,7 +32,7 @@ def test_a_walk_meets_all_modules_and_all_that_is_stored(name: str) -> None:
 def test_what_is_left_out_is_left_out_with_all_below_it() -> None:
     inner = nn.Sequential(nn.Linear(2, 2), Waiting(2, 2))
     inner[1].below = nn.Linear(2, 2)
-    found = list(walk(inner, stop=lambda module: isinstance(module, Waiting)))
+    found = walk(inner, stop=lambda module: isinstance(module, Waiting))
     assert found == [inner, inner[0]]
     kept = stored_tensors(inner, stop=lambda module: isinstance(module, Waiting))
     assert {id(tensor) for tensor in kept} == {id(inner[0].weight), id(inner[0].bias)}
@@ -47,7 +47,9 @@ def test_a_moved_weight_changes_the_fingerprint_and_weights_on_two_devices_are_n
     assert fingerprint(model) != before
     layer.to("meta")
     assert "cpu" in str(model_limit(model)) and "meta" in str(model_limit(model))
-    layer.waits_for_host = True
+    waiting = Waiting(2, 2)
+    waiting.below = layer
+    model.model.layers[1].mlp.down_proj = waiting.to("meta")
     assert model_limit(model) is None
 
 
