@@ -5,9 +5,10 @@
     python benchmarks/lora_moe.py --rows 1 4 --targets attention experts
 
 Random weights, drawn on the device; an adapter of rank 16 on attention and on every expert; bfloat16 with float32
-masters of the adapter; each layer recomputed; SparseMixer's sampling on. First one layer's experts are compared with
-the whole matrices W + s B A on the device. Rates count what is needed: forward, the gradients of the inputs, the
-adapter's own; not what is recomputed, and no gradient of a frozen weight. On a CPU a tiny model takes the same way.
+masters of the adapter; each layer recomputed (with --keep also none); SparseMixer's sampling on. First one layer's
+experts are compared with the whole matrices W + s B A on the device. Rates count what is needed: forward, the
+gradients of the inputs, the adapter's own; not what is recomputed, and no gradient of a frozen weight. On a CPU a tiny
+model takes the same way.
 Prints a table and, last, one JSON line.
 """
 
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", nargs="+", default=["attention", "experts"])
     parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=16, help="of attention's and experts' weights")
+    parser.add_argument("--keep", action="store_true", help="also time the fewest rows with no layer recomputed")
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take most of a step")
     parser.add_argument("--commit", help="recorded in the result (default: asked of git)")
@@ -87,6 +89,12 @@ def main() -> None:
         name = f"rows {rows}"
         record[name] = time_training(engine, case, rows, arguments.steps)
         print_row(name, record[name])
+    if arguments.keep and engine is not None:
+        model.gradient_checkpointing, rows = False, min(arguments.rows)
+        name = f"rows {rows}, nothing recomputed"
+        record[name] = time_training(engine, case, rows, arguments.steps)
+        print_row(name, record[name])
+        model.gradient_checkpointing = True
     if arguments.profile and engine is not None:
         profile(engine, case, arguments.rows[-1])
     for name in ("build", "check", "experts"):
