@@ -149,6 +149,8 @@ def generate(model: Any, arguments: argparse.Namespace, device: torch.device) ->
         decoding = Decoding(model, ids.to(device), **options)
         decoding.step()
         first = time.perf_counter()
+        decoding.step()  # before it the step is captured, which is warm-up
+        second = time.perf_counter()
         middle = vars(counts).copy() if counts is not None else {}
         while not decoding.done:
             decoding.step()
@@ -156,7 +158,7 @@ def generate(model: Any, arguments: argparse.Namespace, device: torch.device) ->
         found = {
             "steps": type(decoding._steps).__name__,
             "first_token_s": first - started,
-            "tokens_per_s": (arguments.new_tokens - 1) / (end - first),
+            "tokens_per_s": (arguments.new_tokens - 2) / (end - second),
         }
         if counts is not None:
             after = vars(counts)
@@ -165,8 +167,8 @@ def generate(model: Any, arguments: argparse.Namespace, device: torch.device) ->
             found |= {
                 "copied_when_needed": copied / used,
                 "copied_ahead": guessed / used,
-                "gb_per_token": num_bytes / 1e9 / (arguments.new_tokens - 1),
-                "copy_gb_per_s": num_bytes / 1e9 / (end - first),
+                "gb_per_token": num_bytes / 1e9 / (arguments.new_tokens - 2),
+                "copy_gb_per_s": num_bytes / 1e9 / (end - second),
                 "prompt_copy_gb": (middle["num_bytes"] - before["num_bytes"]) / 1e9,
             }
     step_pool.drop(model)
