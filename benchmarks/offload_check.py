@@ -125,7 +125,7 @@ def repeat_attention(plain: Any) -> dict[str, Any]:
         again = int((results != results[:, :1]).flatten(2).any(dim=2).sum())
         elsewhere = int((results[:, 0] != results[0, 0]).flatten(1).any(dim=1).sum())
         found[f"{name}_repeats"] = (
-            f"{SDPBackend(chosen).name}: {again} of {results.shape[0] * REPEATS} calls unlike the first, {elsewhere} of "
+            f"{SDPBackend(chosen).name}: {again} of {COPIES * REPEATS} calls unlike the first, {elsewhere} of "
             f"{COPIES - 1} copies unlike the first, errors {float(errors.min()):.2g} to {float(errors.max()):.2g}"
         )
     return found
