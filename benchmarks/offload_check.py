@@ -3,9 +3,9 @@
 Part "check" of ``moe_on_80gb.py``. One and the same model runs twice in place and twice offloaded: a prompt, then steps
 of one token. What enters and leaves the parts of every sparse layer is kept, so that a difference is told apart: the
 first part that gives other numbers for the same ones. Of offloading, the experts alone may be that part, and must not.
-Logits do not tell: one rounding can send a token to another expert, which moves them by as much as they vary. Nor is
-torch's attention of one token the same from run to run on every device, so that all is compared with each of its
-kernels.
+Logits do not tell: one rounding can send a token to another expert, which moves them by as much as they vary. And
+torch's attention of one token by cuDNN, its first choice on Hopper, rounds otherwise from run to run, so that all is
+compared with each of its kernels; "flash" and "math" must show no difference.
 """
 
 from collections.abc import Callable, Sequence
