@@ -275,6 +275,8 @@ def allocate(
     if device.type != "meta":
         marks = [dict(vars(tensor)) for tensor in (*model.parameters(), *model.buffers())]
         model.to_empty(device=device)
+        if device.type == "cpu" and model.config.quantization is not None:
+            resolve("phi35.quantization.cpu.pages:ask_for_large_pages")(model)
         model.tie_weights()
         for tensor, mark in zip((*model.parameters(), *model.buffers()), marks, strict=True):
             vars(tensor).update(mark)

@@ -1,6 +1,7 @@
 """The C kernel against float64 products of the restored weights, in every variant that this processor runs."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def variants() -> list[str]:
 def drawn(one: WeightFormat, rows: int, columns: int, scale_dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
     """Quantized normal weights."""
     return round_to_nearest(torch.randn(rows, columns) * 0.02, one, scale_dtype)
+
+
+def test_the_kernel_is_there_where_a_compiler_is() -> None:
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("no C compiler is on the PATH")
+    assert native.missing() is None, "or all tests of the kernel would be skipped"
 
 
 @needs_compiler

@@ -197,10 +197,9 @@ INLINE int64_t ahead_of(int64_t row_bytes) {
 
 /* Every third row's start: the rows between lie one and two strides on, which an address can say by itself. */
 typedef struct {
-    const uint8_t *codes[3];
+    const uint8_t *codes[3], *ahead[3]; /* ahead: the same rows of a later task */
     const float *slots[3];
     int64_t row_bytes, room;
-    const char *ahead; /* the bytes of the next tasks, in order */
     const int8_t *x;
 } Place;
 
@@ -215,7 +214,7 @@ TARGET_AVX512 INLINE void add_unit(
     const __m512i odd_low = bits == 4 ? _mm512_loadu_si512(at->x + 3 * UNIT) : x_low;
 #pragma GCC unroll 8
     for (int r = 0; r < count; r++) {
-        _mm_prefetch(at->ahead + r * UNIT, _MM_HINT_T1);
+        _mm_prefetch((const char *)at->ahead[r / 3] + r % 3 * at->row_bytes, _MM_HINT_T1);
         __m512i raw = _mm512_maskz_loadu_epi8(mask, at->codes[r / 3] + r % 3 * at->row_bytes), sum;
         __asm__("" : "+v"(raw)); /* loaded once */
         if (bits == 4) {
@@ -229,8 +228,7 @@ TARGET_AVX512 INLINE void add_unit(
         const float *slots = at->slots[r / 3] + r % 3 * at->room;
         total[r] = _mm512_fmadd_ps(value, unit_scales(slots, unit_slots, which), total[r]);
     }
-    for (int i = 0; i < 3; i++) at->codes[i] += UNIT, at->slots[i] += unit_slots;
-    at->ahead += count * UNIT;
+    for (int i = 0; i < 3; i++) at->codes[i] += UNIT, at->ahead[i] += UNIT, at->slots[i] += unit_slots;
     at->x += UNIT * 16 / bits;
 }
 
@@ -264,13 +262,14 @@ TARGET_AVX512 INLINE void rows_avx512(
     }
     Place at = {
         {codes, codes + 3 * row_bytes, codes + 6 * row_bytes},
+        {codes + ahead, codes + 3 * row_bytes + ahead, codes + 6 * row_bytes + ahead},
         {scratch, scratch + 3 * p->room, scratch + 6 * p->room},
         row_bytes,
         p->room,
-        (const char *)codes + ahead,
         p->bytes + token * p->units * p->unit_bytes};
-    for (int i = 1; count > 1 && i < 3; i++) {
+    for (int i = 0; count > 1 && i < 3; i++) {
         KEEP(at.codes[i]);
+        KEEP(at.ahead[i]);
         KEEP(at.slots[i]);
     }
     for (int64_t unit = 0; unit < full; unit++) add_unit(&at, ~0ull, bits, unit_slots, count, total);

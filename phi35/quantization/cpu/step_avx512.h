@@ -7,6 +7,7 @@
 #include <omp.h>
 #include <sched.h>
 
+#define LEAST 4    /* tasks of a product that a thread takes at once: shorter ones would wait for memory at their start */
 #define SPINS 2000 /* looks of a waiting thread before it lets others run */
 
 typedef struct {
@@ -75,12 +76,25 @@ static void meet(Shared *shared) {
     }
 }
 
-/* The next tasks for a thread: first to last, none where all are taken. */
-static inline int take(int64_t *taken, int64_t tasks, int64_t threads, int64_t *first, int64_t *last) {
-    const int64_t chunk = chunk_of(tasks, threads);
-    *first = __atomic_fetch_add(taken, chunk, __ATOMIC_RELAXED);
-    *last = *first + chunk < tasks ? *first + chunk : tasks;
-    return *first < tasks;
+/* The next tasks for a thread, fewer towards the end so that all end together; none where all are taken. */
+static inline int take(int64_t *taken, int64_t tasks, int64_t least, int64_t threads, int64_t *first, int64_t *last) {
+    int64_t begin = __atomic_load_n(taken, __ATOMIC_RELAXED), chunk;
+    do {
+        if (begin >= tasks) return 0;
+        chunk = (tasks - begin) / (2 * threads) + 1;
+        if (chunk < least) chunk = least;
+    } while (!__atomic_compare_exchange_n(taken, &begin, begin + chunk, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    *first = begin;
+    *last = begin + chunk < tasks ? begin + chunk : tasks;
+    return 1;
+}
+
+/* Asks for the codes that the rows before a task would have asked for. */
+static inline void ask(const Linear *l, int64_t row) {
+    const int64_t row_bytes = l->columns * l->bits / 8, start = row * row_bytes;
+    int64_t end = start + ahead_of(row_bytes);
+    if (end > l->rows * row_bytes) end = l->rows * row_bytes;
+    for (int64_t at = start; at < end; at += UNIT) _mm_prefetch((const char *)l->codes + at, _MM_HINT_T1);
 }
 
 /* e to the power of values up to 0 or moderate (below -87: 0), within 2e-7 of it. */
@@ -144,7 +158,8 @@ static void share_product(
     place_planes(&p, s->tokens, own->planes);
     for (int64_t token = 0; token < s->tokens; token++) prepare_planes(&w, &p, token, input, FLOAT32);
     const int64_t tasks = (l->rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-    for (int64_t task, last; take(taken, tasks, shared->threads, &task, &last);)
+    for (int64_t task, last; take(taken, tasks, LEAST, shared->threads, &task, &last);) {
+        ask(l, task * ROWS_AT_ONCE);
         for (; task < last; task++) {
             const int64_t row = task * ROWS_AT_ONCE;
             const int count = l->rows - row < ROWS_AT_ONCE ? (int)(l->rows - row) : ROWS_AT_ONCE;
@@ -154,6 +169,7 @@ static void share_product(
                 for (int r = 0; r < count; r++) to[r] = adds ? rounded(to[r] + sums[r], s->kind) : sums[r];
             }
         }
+    }
 }
 
 /* silu(gate) * up: a task takes the same rows of both. */
@@ -165,7 +181,9 @@ TARGET_AVX512 static void share_gate(
     place_planes(&p, s->tokens, own->planes);
     for (int64_t token = 0; token < s->tokens; token++) prepare_planes(&w, &p, token, input, FLOAT32);
     const int64_t tasks = (s->width + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-    for (int64_t task, last; take(taken, tasks, shared->threads, &task, &last);)
+    for (int64_t task, last; take(taken, tasks, LEAST, shared->threads, &task, &last);) {
+        ask(l, task * ROWS_AT_ONCE);
+        ask(l, s->width + task * ROWS_AT_ONCE);
         for (; task < last; task++) {
             const int64_t row = task * ROWS_AT_ONCE;
             const int count = s->width - row < ROWS_AT_ONCE ? (int)(s->width - row) : ROWS_AT_ONCE;
@@ -180,6 +198,7 @@ TARGET_AVX512 static void share_gate(
                 _mm512_mask_storeu_ps(shared->gated + token * s->width + row, lanes_of(count), product);
             }
         }
+    }
 }
 
 /* A head turned by its place, rounded. */
@@ -232,7 +251,7 @@ TARGET_AVX512 static void attend(
 static void share_attention(
     const Layer *layer, const Step *s, Shared *shared, const Own *own, int64_t *taken, float scale) {
     const int64_t dim = s->head_dim, group = s->heads / s->kv_heads, size = (s->kind == BFLOAT16 ? 2 : 4) * dim;
-    for (int64_t task, last; take(taken, s->tokens * s->kv_heads, shared->threads, &task, &last);)
+    for (int64_t task, last; take(taken, s->tokens * s->kv_heads, 1, shared->threads, &task, &last);)
         for (; task < last; task++) {
             const int64_t token = task / s->kv_heads, head = task % s->kv_heads, place = s->places[token];
             const float *queries = shared->projected + token * (s->heads + 2 * s->kv_heads) * dim;
