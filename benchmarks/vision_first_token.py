@@ -176,6 +176,7 @@ def median(call: Callable[[], Any], rounds: int, end: Callable[[Any], Any] | Non
     """Median milliseconds of a call after one to warm up, and its last result, which ``end`` takes untimed."""
     times, result = [], None
     for turn in range(rounds + 1):
+        result = None  # its cache must not lie beside the next one's
         transformers_peer.synchronise()
         start = time.perf_counter()
         result = call()
