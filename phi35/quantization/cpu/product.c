@@ -271,8 +271,11 @@ int32_t phi35_variant(void) {
     return PORTABLE;
 }
 
-/* Tasks that a thread takes at once: few enough that one held up by other work does not hold up all. */
-static inline int64_t chunk_of(int64_t tasks, int64_t threads) { return tasks / (threads * 8) + 1; }
+/* Tasks that a thread takes at once: few, so that all threads end together though other work may hold one up. */
+static inline int64_t chunk_of(int64_t tasks, int64_t threads) {
+    const int64_t share = tasks / (threads * 32);
+    return share > 4 ? share : 4;
+}
 
 /* Scaled, biased sums of count rows as numbers of kind. */
 static void put(

@@ -300,32 +300,40 @@ static void some_rows_avx512(
     else (p->unit_slots == 2 ? rows_4_2 : rows_4_4)(w, p, row, count, token, scratch, out);
 }
 
-/* Rows of a bfloat16 weight times one token, whose even columns stand before its odd ones, 16 and 16. */
+/* Adds the products of 32 columns of COUNT rows; the token's even columns stand before its odd ones, 16 and 16. */
+TARGET_AVX512 INLINE void add_columns(
+    const uint16_t *weight, const float *token, int64_t columns, int64_t ahead, __mmask32 mask, const int count,
+    __m512 *even, __m512 *odd) {
+    const __m512i top = _mm512_set1_epi32((int32_t)0xffff0000);
+    const __m512 x_even = _mm512_loadu_ps(token), x_odd = _mm512_loadu_ps(token + 16);
+#pragma GCC unroll 8
+    for (int r = 0; r < count; r++) {
+        _mm_prefetch((const char *)(weight + r * columns) + ahead, _MM_HINT_T1);
+        __m512i raw = _mm512_maskz_loadu_epi16(mask, weight + r * columns);
+        __asm__("" : "+v"(raw)); /* loaded once */
+        even[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)), x_even, even[r]);
+        odd[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(raw, top)), x_odd, odd[r]);
+    }
+}
+
+/* Eight rows at once, or one, of a bfloat16 weight times one token. */
 TARGET_AVX512 INLINE void bfloat16_rows(
     const uint16_t *weight, const float *token, int64_t columns, float *out, const int count) {
-    const __m512i top = _mm512_set1_epi32((int32_t)0xffff0000);
-    const int64_t ahead = ahead_of(2 * columns);
-    __m512 even[ROWS_AT_ONCE], odd[ROWS_AT_ONCE];
+    const int64_t task = 16 * columns, ahead = (AHEAD + task - 1) / task * task, rest = columns % 32;
+    __m512 even[8], odd[8];
 #pragma GCC unroll 8
     for (int r = 0; r < count; r++) even[r] = odd[r] = _mm512_setzero_ps();
-    for (int64_t first = 0; first < columns; first += 32) {
-        const __m512 x_even = _mm512_loadu_ps(token + first), x_odd = _mm512_loadu_ps(token + first + 16);
-        const __mmask32 mask = columns - first >= 32 ? 0xffffffffu : (1u << (columns - first)) - 1;
-#pragma GCC unroll 8
-        for (int r = 0; r < count; r++) {
-            const uint16_t *here = weight + r * columns + first;
-            _mm_prefetch((const char *)here + ahead, _MM_HINT_T1);
-            const __m512i raw = _mm512_maskz_loadu_epi16(mask, here);
-            even[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)), x_even, even[r]);
-            odd[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(raw, top)), x_odd, odd[r]);
-        }
-    }
+    const uint16_t *end = weight + columns - rest;
+    for (; weight < end; weight += 32, token += 32)
+        add_columns(weight, token, columns, ahead, ~0u, count, even, odd);
+    if (rest) add_columns(weight, token, columns, ahead, (1u << rest) - 1, count, even, odd);
 #pragma GCC unroll 8
     for (int r = 0; r < count; r++) out[r] = _mm512_reduce_add_ps(_mm512_add_ps(even[r], odd[r]));
 }
 
 TARGET_AVX512 static void some_bfloat16_rows(
     const uint16_t *weight, const float *token, int64_t columns, float *out, int count) {
-    if (count == ROWS_AT_ONCE) bfloat16_rows(weight, token, columns, out, ROWS_AT_ONCE);
-    else for (int r = 0; r < count; r++) bfloat16_rows(weight + r * columns, token, columns, out + r, 1);
+    int r = 0;
+    for (; r + 8 <= count; r += 8) bfloat16_rows(weight + r * columns, token, columns, out + r, 8);
+    for (; r < count; r++) bfloat16_rows(weight + r * columns, token, columns, out + r, 1);
 }
