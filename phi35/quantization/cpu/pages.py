@@ -30,11 +30,11 @@ def ask_for_large_pages(model: nn.Module) -> int:
     asked = 0
     for tensor in model.state_dict().values():
         if tensor.device.type == "cpu" and tensor.nbytes >= MIN_BYTES:
-            asked += _ask(tensor)
+            asked += ask(tensor)
     return asked
 
 
-def _ask(tensor: torch.Tensor) -> int:
+def ask(tensor: torch.Tensor) -> int:
     """The same for one tensor: whole pages within its memory."""
     storage = tensor.untyped_storage()
     start = -(-storage.data_ptr() // PAGE) * PAGE
