@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="the CPU's part")
     parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it runs")
     parser.add_argument("--rounds", type=int, default=40, help="steps of each side, on a CPU")
+    parser.add_argument("--lulls", type=float, default=0, help="on a shared CPU: wait so many seconds for quiet rounds")
     parser.add_argument("--commit", help="recorded in the result (default: asked of git)")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     arguments = parser.parse_args()
@@ -89,6 +90,7 @@ def main() -> None:
     record: dict[str, Any] = {"environment": moe_layer.environment(device, arguments.commit)}
     record["environment"]["command"] = " ".join(["python", "benchmarks/quantize.py", *sys.argv[1:]])
     if cpu:
+        quantize_cpu.lulls["seconds"] = arguments.lulls
         record |= quantize_cpu.measure(arguments.small, arguments.rounds, arguments.formats)
     else:
         record["copy_tb_per_s"] = rate = moe_layer.copy_rate(device)

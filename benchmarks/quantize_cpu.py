@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import os
 import shutil
 import statistics
 import subprocess
@@ -40,6 +41,7 @@ Step = Callable[[], object]
 def measure(small: bool, rounds: int, wanted: list[str] | None = None) -> dict[str, Any]:
     """Kernels, then whole models, with one thread and with two."""
     found: dict[str, Any] = {"kernel": native.missing() or native.best_variant(), "threads": {}}
+    found["only_undisturbed_rounds"] = lulls["seconds"] > 0
     print(f"CPU kernel: {found['kernel']}", flush=True)
     before = torch.get_num_threads()
     sides = build(small, wanted)
@@ -68,15 +70,43 @@ def reader() -> Callable[[torch.Tensor], None]:
 
 
 def in_turns(steps: dict[str, Step], rounds: int, warm: int = 2) -> dict[str, list[float]]:
-    """Seconds of each side's calls, one after the other, round after round."""
+    """Seconds of each side's calls, one after the other, round after round; with ``lulls``, of undisturbed rounds."""
     spent: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + warm):
+    end = time.monotonic() + lulls["seconds"]
+    while min(map(len, spent.values())) < rounds + warm:
+        others = lulls["seconds"] > 0 and wait_for_lull(end)
+        times, before, start = {}, disturbance(), time.perf_counter()
         for name, call in steps.items():
-            start = time.perf_counter()
+            begin = time.perf_counter()
             call()
-            if turn >= warm:
-                spent[name].append(time.perf_counter() - start)
-    return spent
+            times[name] = time.perf_counter() - begin
+        if others and disturbance() - before > 0.05 * (time.perf_counter() - start) + 0.01:
+            continue
+        for name, value in times.items():
+            spent[name].append(value)
+    return {name: values[warm:] for name, values in spent.items()}
+
+
+lulls = {"seconds": 0.0}
+"""How long one comparison may wait for rounds in which other programs leave the processors alone; 0: any round."""
+
+
+def disturbance() -> float:
+    """Seconds of processor time that other programs have taken so far."""
+    numbers = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    busy = (sum(numbers[:8]) - numbers[3] - numbers[4]) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:2])
+
+
+def wait_for_lull(end: float) -> bool:
+    """Sleep until others have left the processors alone for a moment."""
+    while True:
+        before = disturbance()
+        time.sleep(0.15)
+        if disturbance() - before <= 0.02:
+            return True
+        if time.monotonic() > end:
+            raise SystemExit("other programs leave the processors no lull: wait, or measure without --lulls")
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -208,6 +238,8 @@ def parts_of(model: Any, step: Step, rounds: int) -> dict[str, dict[str, float]]
     native.step, native.bfloat16_product = timed("layers in C", real[0]), timed("head", real[1])
     try:
         for _ in range(rounds):
+            if lulls["seconds"] > 0:
+                wait_for_lull(time.monotonic() + lulls["seconds"])
             start = time.perf_counter()
             step()
             whole = time.perf_counter() - start
