@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from quantize import LENGTH, PRESETS, quantization  # noqa: E402
 import phi35  # noqa: E402
 from phi35 import presets  # noqa: E402
 from phi35.generation.fast_step import DecodeStep  # noqa: E402
-from phi35.kernels.tuning import DEFAULT, StepTuning  # noqa: E402
 from phi35.quantization.kernels.shapes import FewBitShapes, WordConfig  # noqa: E402
 
 MIB = 2**20
@@ -58,30 +57,13 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
 """Candidates of each field by format: rows, warps, groups and registers of a program; whether."""
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """How a step runs: its products in few bits, and the rest."""
-
-    few: FewBitShapes = field(default_factory=FewBitShapes)
-    rest: StepTuning = DEFAULT
-
-
-ATTENTION = {
-    "few programs": replace(DEFAULT, programs=128),
-    "many programs": replace(DEFAULT, programs=512),
-    "two warps": replace(DEFAULT, one=replace(DEFAULT.one, num_warps=2)),
-    "short steps": replace(DEFAULT, one=replace(DEFAULT.one, block=16, num_warps=2)),
-}
-"""Shapes of attention over few keys, which a step in few bits waits for longer, beside its products, than others."""
-
-
-def candidates(name: str) -> dict[str, Shapes]:
+def candidates(name: str) -> dict[str, FewBitShapes]:
     """Name -> shapes: the defaults, then one field changed at a time."""
-    found = {"default": Shapes()} | {f"rest {label}": Shapes(rest=tuning) for label, tuning in ATTENTION.items()}
-    for part, values in FIELDS[name].items():
+    found = {"default": FewBitShapes()}
+    for field, values in FIELDS[name].items():
         for value in values:
-            change: dict[str, Any] = {part: WordConfig(*value) if isinstance(value, tuple) else value}
-            found[f"{part} {value}"] = Shapes(replace(FewBitShapes(), **change))
+            change: dict[str, Any] = {field: WordConfig(*value) if isinstance(value, tuple) else value}
+            found[f"{field} {value}"] = replace(FewBitShapes(), **change)
     return found
 
 
@@ -93,15 +75,15 @@ def build(name: str, num_layers: int | None = None) -> Any:
     return phi35.create(config, device="cuda", dtype="bfloat16", seed=0)
 
 
-def step_of(model: Any, shapes: Shapes) -> DecodeStep:
+def step_of(model: Any, shapes: FewBitShapes, pdl: bool = True) -> DecodeStep:
     """A step over a cache of its own, not yet captured."""
-    step = DecodeStep(model, model.new_cache(1, 1024), shapes.rest)
-    step.operations.shapes = shapes.few  # type: ignore[attr-defined]
+    step = DecodeStep(model, model.new_cache(1, 1024), pdl=pdl)
+    step.operations.shapes = shapes  # type: ignore[attr-defined]
     step.state.tokens.fill_(7)
     return step
 
 
-def compile_shapes(name: str, given: list[tuple[str, Shapes]]) -> list[str]:
+def compile_shapes(name: str, given: list[tuple[str, FewBitShapes]]) -> list[str]:
     """Run two layers with each of the shapes; the compiled kernels stay in Triton's cache."""
     model, problems = build(name, num_layers=2), []
     for label, shapes in given:
@@ -113,8 +95,8 @@ def compile_shapes(name: str, given: list[tuple[str, Shapes]]) -> list[str]:
     return problems
 
 
-def compile_all(name: str, shapes: dict[str, Shapes], processes: int) -> None:
-    """Compile for all shapes in processes side by side."""
+def compile_all(name: str, shapes: dict[str, FewBitShapes], processes: int) -> None:
+    """Compile for all shapes, side by side; the defaults' kernels first, in one process, as all others need them."""
     context = multiprocessing.get_context("spawn")
     items = list(shapes.items())
     shares = [items[start::processes] for start in range(processes)]
@@ -126,23 +108,23 @@ def compile_all(name: str, shapes: dict[str, Shapes], processes: int) -> None:
 
 
 @torch.no_grad()
-def time_step(model: Any, shapes: Shapes) -> tuple[float, DecodeStep]:
+def time_step(model: Any, shapes: FewBitShapes, pdl: bool = True) -> tuple[float, DecodeStep]:
     """Median milliseconds of a replay."""
-    step = step_of(model, shapes)
+    step = step_of(model, shapes, pdl)
     step.state.lengths.fill_(LENGTH - 64)
     step.capture()
     return statistics.median(step_times(step, 96)[16:]), step
 
 
 @torch.no_grad()
-def error_of(model: Any, shapes: Shapes) -> float:
+def error_of(model: Any, shapes: FewBitShapes) -> float:
     """Relative error of the step's logits against the plain path."""
     ids = torch.randint(5, 30000, (1, 64), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     caches = [model.new_cache(1, 1024) for _ in range(2)]
     for cache in caches:
         model(ids, past_key_values=cache, logits_to_keep=1)
-    step = DecodeStep(model, caches[0], shapes.rest)
-    step.operations.shapes = shapes.few  # type: ignore[attr-defined]
+    step = DecodeStep(model, caches[0])
+    step.operations.shapes = shapes  # type: ignore[attr-defined]
     step.state.tokens.fill_(7)
     step.run()
     expected = model(torch.full((1, 1), 7, device="cuda"), past_key_values=caches[1]).logits[:, 0].float()
@@ -187,22 +169,20 @@ def print_profile(label: str, rows: list[dict[str, Any]]) -> None:
         print(f"  {row['kernel']:48s}{row['calls']:7.1f}{row['alone_us']:9.2f}{row['adds_us']:9.2f}{whole:9.1f}")
 
 
-def best_together(rows: dict[str, float], shapes: dict[str, Shapes]) -> Shapes:
+def best_together(rows: dict[str, float], shapes: dict[str, FewBitShapes]) -> FewBitShapes:
     """The defaults with each field's fastest candidate, where that is faster than the default by 0.5 %."""
-    chosen = Shapes()
-    for part in {name.split()[0] for name in rows} - {"default"}:
-        rivals = {name: spent for name, spent in rows.items() if name.split()[0] == part}
-        fastest = min(rivals, key=lambda name: rivals[name])
-        if rivals[fastest] >= 0.995 * rows["default"]:
+    chosen, base = FewBitShapes(), rows["default"]
+    for name, one in shapes.items():
+        field = name.split()[0]
+        if field == "default" or name not in rows:
             continue
-        if part == "rest":
-            chosen = replace(chosen, rest=shapes[fastest].rest)
-        else:
-            chosen = replace(chosen, few=replace(chosen.few, **{part: getattr(shapes[fastest].few, part)}))
+        rivals = {other: spent for other, spent in rows.items() if other.split()[0] == field}
+        if rows[name] == min(rivals.values()) and rows[name] < 0.995 * base:
+            chosen = replace(chosen, **{field: getattr(one, field)})
     return chosen
 
 
-def sweep(model: Any, shapes: dict[str, Shapes], record: dict[str, Any]) -> Shapes:
+def sweep(model: Any, shapes: dict[str, FewBitShapes], record: dict[str, Any]) -> FewBitShapes:
     """Time all shapes; the best together."""
     times: dict[str, float] = {}
     for name, one in shapes.items():
@@ -240,12 +220,11 @@ def main() -> None:
     print(f"compiled in {record['compile_s']:.0f} s", flush=True)
     model = build(arguments.format)
     best = sweep(model, shapes, record)
-    for label, one in (("default", Shapes()), ("best", best)):
+    for label, one in (("default", FewBitShapes()), ("best", best)):
         spent, step = time_step(model, one)
         row: dict[str, Any] = {"ms": spent, "error": error_of(model, one), "shapes": str(one), "profile": profile(step)}
         record[label] = row
-        print(f"{label}: {spent:.4f} ms, {1e3 / spent:.1f} tokens/s, error {row['error']:.1e}", flush=True)
-        print(f"  {one.few}, attention {one.rest.programs} {one.rest.one}")
+        print(f"{label}: {spent:.4f} ms, {1e3 / spent:.1f} tokens/s, error {row['error']:.1e}; {one}", flush=True)
         print_profile(label, row["profile"])
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")

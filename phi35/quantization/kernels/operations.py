@@ -157,6 +157,15 @@ class FewBitOperations(VectorOperations):
         left, self._left = self._left, None
         return left[1] if left is not None and left[0] is linear else None
 
+    def _ahead(self, linear: Any, mlp: Any) -> tuple[torch.Tensor, ...]:
+        """The first gate and up codes; those of o_proj come by its own early start."""
+        weight = few_bits(mlp.gate_up_proj) if type(mlp) is GatedMLP else None
+        if not self.pdl or weight is None:
+            return super()._ahead(linear, mlp)
+        half, codes = weight.shape[0] // 2, weight.codes
+        rows = min(half, self.shapes.ahead_bytes // (2 * codes.element_size() * codes.shape[1]))
+        return (codes[:rows], codes[half : half + rows]) if rows else ()
+
 
 def few_bits(linear: Any) -> QuantizedTensor | None:
     """The quantized weight of a module that is nothing but that (and a bias); None for any other module."""

@@ -46,6 +46,7 @@ class FewBitShapes:
         attention: whether attention leaves its result so, too.
         halves: see ``WordConfig``; of all products.
         prepares: whether a kernel leaves its result as integers for the next one, where that can read them.
+        ahead_bytes: gate and up codes that attention brings into the second-level cache.
     """
 
     qkv: WordConfig | None = None
@@ -55,6 +56,7 @@ class FewBitShapes:
     attention: bool = True
     halves: bool = True
     prepares: bool = True
+    ahead_bytes: int = 0
 
 
 HELD_WORDS = 144
