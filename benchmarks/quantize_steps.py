@@ -36,31 +36,22 @@ from phi35.generation.fast_step import DecodeStep  # noqa: E402
 from phi35.quantization.kernels.shapes import FewBitShapes, WordConfig  # noqa: E402
 
 MIB = 2**20
-FIELDS: dict[str, dict[str, list[Any]]] = {
-    "int4": {
-        "qkv": [(8, 2, 1), (8, 2, 1, 112), (16, 4, 2, 96), (16, 2, 1), (8, 4, 2)],
-        "gate_up": [(16, 4, 2, 96), (32, 8, 4), (32, 4, 2), (16, 2, 1)],
-        "long_add": [(8, 8, 2), (8, 8, 1), (16, 8, 1)],
-        "short_add": [(8, 4, 2), (16, 4, 2), (16, 2, 1), (8, 4, 1)],
-        "attention": [False],
-        "halves": [False],
-        "prepares": [False],
-    },
-    "int8": {
-        "qkv": [(16, 4, 2), (8, 2, 1)],
-        "gate_up": [(16, 4, 2), (16, 2, 1)],
-        "long_add": [(8, 4, 1)],
-        "short_add": [(8, 2, 1)],
-        "prepares": [False],
-    },
+FIELDS: dict[str, list[Any]] = {
+    "qkv": [(8, 2, 1), (8, 2, 1, 112), (16, 4, 2, 96), (16, 2, 1), (8, 4, 2)],
+    "gate_up": [(16, 4, 2, 96), (32, 8, 4), (32, 4, 2), (16, 2, 1)],
+    "long_add": [(8, 8, 2), (8, 8, 1), (16, 8, 1)],
+    "short_add": [(8, 4, 2), (16, 4, 2), (16, 2, 1), (8, 4, 1)],
+    "attention": [False],
+    "halves": [False],
+    "prepares": [False],
 }
-"""Candidates of each field by format: rows, warps, groups and registers of a program; whether."""
+"""Candidates of each field: rows, warps, groups and registers of a program; bytes; whether."""
 
 
-def candidates(name: str) -> dict[str, FewBitShapes]:
+def candidates() -> dict[str, FewBitShapes]:
     """Name -> shapes: the defaults, then one field changed at a time."""
     found = {"default": FewBitShapes()}
-    for field, values in FIELDS[name].items():
+    for field, values in FIELDS.items():
         for value in values:
             change: dict[str, Any] = {field: WordConfig(*value) if isinstance(value, tuple) else value}
             found[f"{field} {value}"] = replace(FewBitShapes(), **change)
@@ -169,16 +160,16 @@ def print_profile(label: str, rows: list[dict[str, Any]]) -> None:
         print(f"  {row['kernel']:48s}{row['calls']:7.1f}{row['alone_us']:9.2f}{row['adds_us']:9.2f}{whole:9.1f}")
 
 
-def best_together(rows: dict[str, float], shapes: dict[str, FewBitShapes]) -> FewBitShapes:
+def best_together(rows: dict[str, float]) -> FewBitShapes:
     """The defaults with each field's fastest candidate, where that is faster than the default by 0.5 %."""
     chosen, base = FewBitShapes(), rows["default"]
-    for name, one in shapes.items():
+    for name, shapes in candidates().items():
         field = name.split()[0]
-        if field == "default" or name not in rows:
+        if field not in FIELDS or name not in rows:
             continue
         rivals = {other: spent for other, spent in rows.items() if other.split()[0] == field}
         if rows[name] == min(rivals.values()) and rows[name] < 0.995 * base:
-            chosen = replace(chosen, **{field: getattr(one, field)})
+            chosen = replace(chosen, **{field: getattr(shapes, field)})
     return chosen
 
 
@@ -192,7 +183,7 @@ def sweep(model: Any, shapes: dict[str, FewBitShapes], record: dict[str, Any]) -
             print(f"{name}: {error}", flush=True)
             continue
         print(f"{name:28s}{times[name]:8.4f} ms{1e3 / times[name]:9.1f} tokens/s", flush=True)
-    best = best_together(times, shapes)
+    best = best_together(times)
     record["shapes"] = times
     return best
 
@@ -200,7 +191,7 @@ def sweep(model: Any, shapes: dict[str, FewBitShapes], record: dict[str, Any]) -
 def main() -> None:
     """Compile, time, profile, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--format", default="int4", choices=list(FIELDS))
+    parser.add_argument("--format", default="int4", help="int4 or int8")
     parser.add_argument("--no-sweep", action="store_true", help="the defaults alone")
     parser.add_argument("--processes", type=int, default=14, help="that compile side by side")
     parser.add_argument("--commit", help="recorded in the result (default: asked of git)")
@@ -211,7 +202,7 @@ def main() -> None:
     device = torch.device("cuda")
     record: dict[str, Any] = {"environment": moe_layer.environment(device, arguments.commit)}
     record["environment"]["command"] = " ".join(["python", "benchmarks/quantize_steps.py", *sys.argv[1:]])
-    shapes = candidates(arguments.format)
+    shapes = candidates()
     if arguments.no_sweep:
         shapes = {name: shapes[name] for name in ("default", "prepares False")}
     start = time.perf_counter()
