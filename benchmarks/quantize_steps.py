@@ -37,20 +37,19 @@ from phi35.quantization.kernels.shapes import FewBitShapes, WordConfig  # noqa: 
 
 MIB = 2**20
 FIELDS: dict[str, list[Any]] = {
-    "qkv": [(8, 2, 1), (8, 2, 1, 112), (16, 4, 2, 96), (16, 2, 1), (8, 4, 2)],
-    "gate_up": [(16, 4, 2, 96), (32, 8, 4), (32, 4, 2), (16, 2, 1)],
-    "long_add": [(8, 8, 2), (8, 8, 1), (16, 8, 1)],
-    "short_add": [(8, 4, 2), (16, 4, 2), (16, 2, 1), (8, 4, 1)],
+    "qkv": [(8, 4, 4), (8, 2, 2), (32, 8, 8), (16, 4, 4, 128), (16, 4, 2), (16, 2, 1)],
+    "gate_up": [(32, 8, 8), (16, 8, 8), (16, 4, 4, 128), (16, 8, 4), (16, 4, 2), (16, 2, 1)],
+    "long_add": [(8, 8, 4), (8, 4, 2), (16, 8, 2), (16, 8, 4), (8, 4, 1), (8, 8, 2, 80)],
+    "short_add": [(8, 4, 2), (8, 8, 4), (8, 2, 2), (16, 4, 4), (8, 4, 1)],
+    "ahead_bytes": [8 * MIB, 20 * MIB],
     "attention": [False],
-    "halves": [False],
-    "prepares": [False],
 }
 """Candidates of each field: rows, warps, groups and registers of a program; bytes; whether."""
 
 
 def candidates() -> dict[str, FewBitShapes]:
-    """Name -> shapes: the defaults, then one field changed at a time."""
-    found = {"default": FewBitShapes()}
+    """Name -> shapes: each program prepares its vector; the defaults; one field changed at a time."""
+    found = {"unprepared": FewBitShapes(prepares=False), "default": FewBitShapes()}
     for field, values in FIELDS.items():
         for value in values:
             change: dict[str, Any] = {field: WordConfig(*value) if isinstance(value, tuple) else value}
@@ -204,14 +203,14 @@ def main() -> None:
     record["environment"]["command"] = " ".join(["python", "benchmarks/quantize_steps.py", *sys.argv[1:]])
     shapes = candidates()
     if arguments.no_sweep:
-        shapes = {name: shapes[name] for name in ("default", "prepares False")}
+        shapes = {name: shapes[name] for name in ("unprepared", "default")}
     start = time.perf_counter()
     compile_all(arguments.format, shapes, min(arguments.processes, len(shapes)))
     record["compile_s"] = time.perf_counter() - start
     print(f"compiled in {record['compile_s']:.0f} s", flush=True)
     model = build(arguments.format)
     best = sweep(model, shapes, record)
-    for label, one in (("default", FewBitShapes()), ("best", best)):
+    for label, one in (("unprepared", FewBitShapes(prepares=False)), ("default", FewBitShapes()), ("best", best)):
         spent, step = time_step(model, one)
         row: dict[str, Any] = {"ms": spent, "error": error_of(model, one), "shapes": str(one), "profile": profile(step)}
         record[label] = row

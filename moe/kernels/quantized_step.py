@@ -17,10 +17,9 @@ from moe.router import SparseMixerRouter, TopKSoftmaxRouter
 from phi35.kernels.common import activate, launch_options, wait_for_predecessor, wait_then_release
 from phi35.kernels.operands import Norm
 from phi35.quantization.codes import QuantizedTensor
-from phi35.quantization.kernels.products import dot_rows
 from phi35.quantization.kernels.shapes import WordConfig, choose
 from phi35.quantization.kernels.vector import constants, operands
-from phi35.quantization.kernels.words import hold_rows, load_halves, spread
+from phi35.quantization.kernels.words import dot_rows, hold_rows, load_halves, spread
 
 
 def add_sparse_feed_forward(
@@ -108,7 +107,6 @@ def _expert_gate_up_kernel(  # type: ignore[no-untyped-def]
     ZEROS: tl.constexpr,
     BYTES: tl.constexpr,
     ASM: tl.constexpr,
-    HALVES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     choice = tl.program_id(1)
@@ -121,13 +119,9 @@ def _expert_gate_up_kernel(  # type: ignore[no-untyped-def]
     gate_held = hold_rows(codes, scale, zeros, gate_row, gate_end, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN)
     up_held = hold_rows(codes, scale, zeros, up_row, up_end, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN)
     tiles = load_halves(normed, WIDTH, LANES)
-    places = spread(tiles, (), (), 0.0, "none", WIDTH, LANES, KIND, ASM, HALVES)
-    gate = dot_rows(
-        gate_held, places, row_scale, gate_row, gate_end, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, 16, 1, HALVES
-    )
-    up = dot_rows(
-        up_held, places, row_scale, up_row, up_end, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, 16, 1, HALVES
-    )
+    places = spread(tiles, (), (), 0.0, "none", WIDTH, LANES, KIND, ASM)
+    gate = dot_rows(gate_held, places, row_scale, gate_row, gate_end, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
+    up = dot_rows(up_held, places, row_scale, up_row, up_end, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
     out = acted + choice * half + rows
     tl.store(out, (activate(gate, ACT) * up).to(acted.dtype.element_ty), mask=rows < half)
 
@@ -153,7 +147,6 @@ def _expert_down_kernel(  # type: ignore[no-untyped-def]
     ZEROS: tl.constexpr,
     BYTES: tl.constexpr,
     ASM: tl.constexpr,
-    HALVES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     start = tl.program_id(0) * ROWS
@@ -173,10 +166,8 @@ def _expert_down_kernel(  # type: ignore[no-untyped-def]
     total = tl.load(hidden + rows, mask=inside, other=0.0).to(tl.float32)
     for choice in tl.static_range(TOP_K):
         tiles = load_halves(acted + choice * WIDTH, WIDTH, LANES)
-        places = spread(tiles, (), (), 0.0, "none", WIDTH, LANES, KIND, ASM, HALVES)
+        places = spread(tiles, (), (), 0.0, "none", WIDTH, LANES, KIND, ASM)
         first, end = bases[choice] + start, bases[choice] + num_rows
-        part = dot_rows(
-            all_held[choice], places, row_scale, first, end, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, 16, 1, HALVES
-        )
+        part = dot_rows(all_held[choice], places, row_scale, first, end, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM)
         total += part * tl.load(weights + choice)
     tl.store(hidden + rows, total.to(hidden.dtype.element_ty), mask=inside)

@@ -53,7 +53,7 @@ def gate_up(config: shapes.WordConfig, prepared: bool) -> Any:
     constants: dict[str, Any] = {"NORM": "rmsnorm", "ACT": "silu", "EVEN": True, "PDL": True, "PREPARED": prepared}
     constants |= {"GROUPS": config.groups, "ROWS": config.rows // 2 // config.groups}
     constants["PARTS"] = 384 if prepared else 0
-    constants |= {"LEFT": "int4 halves" if prepared else "none", "LEFT_NORM": False} | vector.constants(weight, config)
+    constants |= {"LEFT": "int4" if prepared else "none", "LEFT_NORM": False} | vector.constants(weight, config)
     return compile_kernel(vector._gate_up_kernel, arguments, constants, config.num_warps)
 
 
@@ -78,20 +78,19 @@ def test_gate_up_asks_for_all_codes_before_the_wait(tmp_path: Path) -> None:
 
 
 def test_gate_up_of_a_prepared_vector_is_short_after_the_wait(tmp_path: Path) -> None:
-    """Two groups of two warps with eight rows each: no vector is made, and twice as many warps fit."""
-    config = shapes.choose(on_meta(WeightFormat(), 16384, 3072), prepared=True, gated=True)
+    """Four warps with four rows each: no vector is made, no sum leaves its warp, twice as many warps fit."""
+    config = shapes.choose(on_meta(WeightFormat(), 16384, 3072), prepared=True)
     kernel = gate_up(config, True)
     instructions, stack = machine_code(kernel, tmp_path)
     (wait,) = [place for place, text in enumerate(instructions) if "ACQBULK" in text]
     loads = [place for place, text in enumerate(instructions) if "LDG" in text]
-    assert config == shapes.WordConfig(rows=16, num_warps=4, groups=2)
-    assert sum(place < wait for place in loads) == 2 * 3 * 8 and stack == 0
+    assert config == shapes.WordConfig(rows=16, num_warps=4, groups=4)
+    assert sum(place < wait for place in loads) == 2 * 6 * 4 and stack == 0
     found = counted(instructions)
-    assert found["IDP"] == 8 * 3 * 8
-    # Measured: 846 (Triton 3.6) for as many weights, against 1,826 for twice as many above; five barriers, two of them
-    # for the norm's factor.
+    assert found["IDP"] == 4 * 6 * 8
+    # Measured: 810, against 1,826 of the form above; 11 exchanges between warps, all for what is left.
     print(f"gate_up: {len(instructions) - wait} instructions after the wait, {found['BAR']} barriers")
-    assert len(instructions) - wait < 1000 and found["BAR"] <= 12
+    assert len(instructions) - wait < 1000 and found["BAR"] <= 20
 
 
 def test_down_codes_of_chosen_experts_are_asked_for_before_the_wait(tmp_path: Path) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 SHARED_MEMORY = 232448  # bytes a block can have on compute capability 9.0
 
 
-def compile_kernel(
-    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], num_warps: int, **options: int
-) -> Any:
+def compile_kernel(kernel: Any, arguments: dict[str, str], constants: dict[str, Any], num_warps: int) -> Any:
     """A kernel for compute capability 9.0, from its arguments' types; pointers and sizes are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -27,7 +25,7 @@ def compile_kernel(
         constexprs={places[name]: value for name, value in constants.items()},
         attrs={places[name]: [["tt.divisibility", 16]] for name in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, **options})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
 
 
 def machine_code(kernel: Any, folder: Path) -> tuple[list[str], int]:

@@ -52,7 +52,7 @@ def drawn(one: WeightFormat, *shape: int, std: float = 0.1) -> QuantizedTensor:
 
 def vector_case(one: WeightFormat, norm_kind: str, rows: int) -> dict[str, float]:
     """Products with one vector: added to a residual with norm and bias, gated, rotated into a cache; plain."""
-    width, config = 384, WordConfig(rows=rows, num_warps=2, halves=rows != 8)
+    width, config = 384, WordConfig(rows=rows, num_warps=2)
     norm = Norm(norm_kind, torch.rand(width) + 0.5, torch.randn(width) * 0.1, 1e-5)
     hidden = torch.randn(1, width) * 2 + 0.3
     normed = reference.normed(hidden, norm)
@@ -166,7 +166,7 @@ if __name__ == "__main__":
         "tiny-phi-3.5-mini", QuantizationConfig(linear=small, head=row, embedding=small), 1, num_hidden_layers=2
     )
     bytes_zeros = QuantizationConfig(linear=WeightFormat(bits=8, group_size=32, symmetric=False))
-    single_groups = FewBitShapes(WordConfig(8, 2), WordConfig(8, 1), WordConfig(16, 1), WordConfig(16, 2), halves=False)
+    single_groups = FewBitShapes(WordConfig(8, 2), WordConfig(8, 1), WordConfig(16, 1), WordConfig(16, 2))
     report["step in one group"] = step_case("tiny-phi-3.5-mini", bytes_zeros, 1, single_groups, num_hidden_layers=2)
     zeros = QuantizationConfig(linear=FORMATS["int4_g32_zeros"])
     report["step sparse"] = step_case("tiny-phi-3.5-moe", zeros, 1, num_hidden_layers=1)

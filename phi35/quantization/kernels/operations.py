@@ -3,7 +3,6 @@
 What is not quantized runs as in any other model (``phi35.kernels.operations``).
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,8 +132,8 @@ class FewBitOperations(VectorOperations):
     ) -> WordConfig:
         """The shape that was asked for, unless it needs a prepared vector where there is none."""
         if given is None or (source is None and given.groups > 1):
-            given = choose(weight, source is not None, gated)
-        return replace(given, halves=self.shapes.halves)
+            return choose(weight, source is not None, gated)
+        return given
 
     def _target(self, reader: Any, norm: Norm | None, width: int, rows: int) -> Prepared | None:
         """Where to leave a vector of ``width`` for the product ``reader``, from programs of ``rows`` rows; or None."""
@@ -147,8 +146,7 @@ class FewBitOperations(VectorOperations):
         place = width, norm is None
         if place not in self._buffers:
             self._buffers[place] = torch.zeros(buffer_words(width), dtype=torch.int32, device=weight.codes.device)
-        kind = weight.format.kind + (" halves" if self.shapes.halves else "")
-        prepared = Prepared(self._buffers[place], kind, norm, 0 if norm is None else width // rows)
+        prepared = Prepared(self._buffers[place], weight.format.kind, norm, 0 if norm is None else width // rows)
         self._left = reader, prepared
         return prepared
 

@@ -6,7 +6,7 @@ vector leaves them as integers, with a scale for every eight, times the weight o
 norm's own factor multiplies the finished products, from sums of squares that each program leaves beside.
 
 One int32 buffer holds a vector of W values: for each 16 of them eight words of bytes, in the order in which codes come
-(W/2 words in all); then for each eight their sum and the bits of their scale (W/4); then a sum of squares a program.
+(W/2 words in all); then for each 16 two sums and the bits of two scales (W/4); then sums of squares, one a program.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,19 @@ import triton
 import triton.language as tl
 
 from phi35.kernels.operands import Norm
-from phi35.quantization.kernels.integers import LEVELS, ROUND, four_integers
 from phi35.quantization.kernels.shapes import SPAN
-from phi35.quantization.kernels.words import lanes, load_halves, load_norm_halves, several, split4, spread
+from phi35.quantization.kernels.words import (
+    LEVELS,
+    ROUND,
+    lanes,
+    load_halves,
+    load_norm_halves,
+    several,
+    split4,
+    spread,
+)
 
 _SPAN = tl.constexpr(SPAN)
-_ROUND_BITS = tl.constexpr(0x4B400000)
-"""Of ``ROUND``."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Prepared:
 
     Attributes:
         buffer: (``buffer_words(W)``,) int32.
-        kind: of the codes that it will meet, "int4" or "int8", with " halves" behind it if integers lie whole.
+        kind: of the codes that it will meet, "int4" or "int8".
         norm: RMSNorm whose weight is in the values; None for none.
         parts: sums of squares that stand in it; 0 without a norm.
     """
@@ -82,16 +88,13 @@ def take_vector(  # type: ignore[no-untyped-def]
     KIND: tl.constexpr,
     ASM: tl.constexpr,
     GROUPS: tl.constexpr,
-    HALVES: tl.constexpr,
 ):
     """What ``dot_rows`` multiplies, and what is to multiply its products: from a buffer or from the vector itself."""
     if PREPARED:
-        return _load(prepared, WIDTH, LANES, GROUPS), _norm_factor(prepared, eps, WIDTH, PARTS, LANES * GROUPS)
+        return _load(prepared, WIDTH, LANES, GROUPS), _norm_factor(prepared, eps, WIDTH, PARTS, LANES, GROUPS)
     else:
         tl.static_assert(GROUPS == 1)
-        return spread(
-            load_halves(vector, WIDTH, LANES), norms, norm_biases, eps, NORM, WIDTH, LANES, KIND, ASM, HALVES
-        ), 1.0
+        return spread(load_halves(vector, WIDTH, LANES), norms, norm_biases, eps, NORM, WIDTH, LANES, KIND, ASM), 1.0
 
 
 @triton.jit
@@ -120,103 +123,44 @@ def _load(prepared, WIDTH: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constex
             if quarter < 2:
                 places = places + split4(tile, LANES, GROUPS)
             else:
-                sum_a, scale_a, sum_b, scale_b = split4(tile, LANES, GROUPS)
+                sum_a, sum_b, scale_a, scale_b = split4(tile, LANES, GROUPS)
                 scales = (scale_a.to(tl.float32, bitcast=True), scale_b.to(tl.float32, bitcast=True))
                 places = places + (sum_a, sum_b) + scales  # type: ignore[assignment]
     return places
 
 
 @triton.jit
-def _norm_factor(prepared, eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """RMSNorm's factor from PARTS sums of squares, which all LANES of the program add up once; 1 without them."""
+def _norm_factor(  # type: ignore[no-untyped-def]
+    prepared, eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr
+):
+    """RMSNorm's factor from PARTS sums of squares, (GROUPS, 1) where each group of warps adds them up; 1 without."""
     if PARTS == 0:
         return 1.0
     else:
-        total = tl.zeros((LANES,), tl.float32)
-        for chunk in tl.static_range((PARTS + LANES - 1) // LANES):
-            part = chunk * LANES + tl.arange(0, LANES)
+        lane = lanes(LANES, GROUPS)
+        sums = ()
+        for chunk in tl.static_range((PARTS + 4 * LANES - 1) // (4 * LANES)):
+            part = several(chunk * LANES + lane, 4, 4, GROUPS)
             squares = tl.load(prepared + WIDTH // 2 + WIDTH // 4 + part, mask=part < PARTS, other=0)
-            total += squares.to(tl.float32, bitcast=True)
-        return 1.0 / tl.sqrt(tl.sum(total, axis=0) / WIDTH + eps)
+            sums = sums + (tl.sum(squares.to(tl.float32, bitcast=True), axis=len(lane.shape)),)  # type: ignore[assignment]
+        total = sums[0]  # type: ignore[misc]
+        for chunk in tl.static_range(1, len(sums)):
+            total += sums[chunk]
+        if GROUPS == 1:
+            whole = tl.sum(total, axis=0)
+        else:
+            whole = tl.sum(total, axis=1)[:, None]
+        return 1.0 / tl.sqrt(whole / WIDTH + eps)
 
 
 @triton.jit
 def left_norms(norm_weight, first, ROWS: tl.constexpr, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The next norm's weight as ``leave_rows`` takes it; loaded before the wait. 1 without NORM."""
-    if not NORM:
-        return 1.0
-    elif ROWS == _SPAN:
-        return load_eight(norm_weight + first)
-    else:
+    """The next norm's weight for ``leave_vector``, (ROWS / 8, 8); loaded before the wait. 1 without NORM."""
+    if NORM:
         column = first + tl.arange(0, ROWS // _SPAN)[:, None] * _SPAN + tl.arange(0, _SPAN)[None, :]
         return tl.load(norm_weight + column).to(tl.float32)
-
-
-@triton.jit
-def leave_rows(  # type: ignore[no-untyped-def]
-    prepared, values, norms, first, part, width, ROWS: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr
-):
-    """``leave_vector`` of all of a program's values, a tensor of ROWS numbers."""
-    if ROWS == _SPAN:
-        leave_eight(prepared, eight(values), norms, first, part, width, KIND, NORM)
     else:
-        leave_vector(prepared, values, norms, first, part, width, ROWS, ROWS, KIND, NORM)
-
-
-@triton.jit
-def load_eight(start):  # type: ignore[no-untyped-def]
-    """Eight numbers as float32 scalars."""
-    values = ()
-    for place in tl.static_range(_SPAN):
-        values = values + (tl.load(start + place).to(tl.float32),)
-    return values
-
-
-@triton.jit
-def eight(tile):  # type: ignore[no-untyped-def]
-    """The eight numbers of a tensor as scalars."""
-    even, odd = tl.split(tl.reshape(tile, (2, 2, 2)))
-    a, b = tl.split(even)
-    c, d = tl.split(odd)
-    v0, v4 = tl.split(a)
-    v2, v6 = tl.split(b)
-    v1, v5 = tl.split(c)
-    v3, v7 = tl.split(d)
-    return v0, v1, v2, v3, v4, v5, v6, v7
-
-
-@triton.jit
-def leave_eight(  # type: ignore[no-untyped-def]
-    prepared, values, norms, first, part, width, KIND: tl.constexpr, NORM: tl.constexpr
-):
-    """``leave_vector`` of one span, whose values, and weights of the norm, are scalars: no warp waits for another."""
-    if NORM:
-        squares = values[0] * values[0]
-        for place in tl.static_range(1, _SPAN):
-            squares += values[place] * values[place]
-        tl.store(prepared + width // 2 + width // 4 + part, squares.to(tl.int32, bitcast=True))
-    scaled = ()
-    for place in tl.static_range(_SPAN):
-        scaled = scaled + (values[place] * norms[place] if NORM else values[place],)  # type: ignore[assignment]
-    largest = tl.abs(scaled[0])  # type: ignore[misc]
-    for place in tl.static_range(1, _SPAN):
-        largest = tl.maximum(largest, tl.abs(scaled[place]), propagate_nan=tl.PropagateNan.ALL)
-    inverse = tl.where((largest > 1e-30) & (largest < float("inf")), LEVELS / largest, 0.0)
-    kind: tl.constexpr = "int4" if KIND == "int4" or KIND == "int4 halves" else "int8"
-    total = 0
-    for place in tl.static_range(_SPAN):
-        # A number leaves its integer above those bits of ROUND; sums wrap around.
-        total += (scaled[place] * inverse + ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
-    for quarter in tl.static_range(2):
-        if KIND == "int4 halves" or KIND == "int8 halves":
-            one, two = four_integers(scaled, inverse, quarter, kind, False, True)
-        else:
-            one, two = four_integers(scaled, inverse, quarter, kind, False, False)
-        tl.store(prepared + first // 2 + 2 * quarter, one)
-        tl.store(prepared + first // 2 + 2 * quarter + 1, two)
-    end = prepared + width // 2 + first // 4
-    tl.store(end, total)
-    tl.store(end + 1, (largest / LEVELS).to(tl.int32, bitcast=True))
+        return 1.0
 
 
 @triton.jit
@@ -250,23 +194,20 @@ def leave_vector(  # type: ignore[no-untyped-def]
     largest = tl.where(total == total, largest, total)
     inverse = tl.where((largest > 1e-30) & (largest < float("inf")), LEVELS / largest, 0.0)
     scaled = wide * inverse[:, None]
-    integers = (scaled + ROUND).to(tl.int32, bitcast=True)
+    low = (scaled + ROUND).to(tl.int32, bitcast=True)
+    high = (scaled + (ROUND + 128.0)).to(tl.int32, bitcast=True) >> 8
     half = column // _SPAN % 2
-    if KIND == "int4" or KIND == "int4 halves":
-        quarter, index = half * 2 + place % 2, place // 2
+    if KIND == "int4":
+        byte = (half * 2 + place % 2) * 8 + place // 2
     else:
-        quarter, index = half * 2 + place // 4, place % 4
+        byte = (half * 2 + place // 4) * 8 + place % 4
+    at = prepared.to(tl.pointer_type(tl.int8), bitcast=True) + column // 16 * 32 + byte
     real = (column - first) < REAL
-    if KIND == "int4 halves" or KIND == "int8 halves":
-        at = prepared.to(tl.pointer_type(tl.int16), bitcast=True) + column // 16 * 16 + quarter * 4 + index
-        tl.store(at, integers.to(tl.int16), mask=real)
-    else:
-        high = (scaled + (ROUND + 128.0)).to(tl.int32, bitcast=True) >> 8
-        bytes_at = prepared.to(tl.pointer_type(tl.int8), bitcast=True) + column // 16 * 32 + quarter * 8 + index
-        tl.store(bytes_at, integers.to(tl.int8), mask=real)
-        tl.store(bytes_at + 4, high.to(tl.int8), mask=real)
-    # A span's sum and scale, side by side.
-    span = tl.arange(0, spans)[:, None] * _SPAN
-    end = prepared + width // 2 + (first + span) // 4 + tl.arange(0, 2)[None, :]
-    sums = tl.sum((integers << 16) >> 16, axis=1)
-    tl.store(end, tl.join(sums, (largest / LEVELS).to(tl.int32, bitcast=True)), mask=span < REAL)
+    tl.store(at, low.to(tl.int8), mask=real)
+    tl.store(at + 4, high.to(tl.int8), mask=real)
+    span = tl.arange(0, spans) * _SPAN
+    real_span = span < REAL
+    span += first
+    end = prepared + width // 2 + span // 16 * 4 + span // _SPAN % 2
+    tl.store(end, tl.sum((low << 16) >> 16, axis=1), mask=real_span)
+    tl.store(end + 2, (largest / LEVELS).to(tl.int32, bitcast=True), mask=real_span)

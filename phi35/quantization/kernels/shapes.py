@@ -15,14 +15,12 @@ class WordConfig:
         groups: of warps; those of a group share each row, 16 columns a lane and load. More than one only where the
             vector comes prepared: each group takes all of it.
         registers: that a lane may take at most; None for as many as the compiler likes.
-        halves: whether codes meet the vector's integers whole, two at a time, instead of their bytes, four at a time.
     """
 
     rows: int = 4
     num_warps: int = 4
     groups: int = 1
     registers: int | None = None
-    halves: bool = True
 
     def __post_init__(self) -> None:
         assert self.rows // self.groups in (1, 2, 4, 8, 16), "sums of rows are joined pair by pair"
@@ -44,7 +42,6 @@ class FewBitShapes:
         long_add: the others (down_proj).
         gate_up: gate and up product.
         attention: whether attention leaves its result so, too.
-        halves: see ``WordConfig``; of all products.
         prepares: whether a kernel leaves its result as integers for the next one, where that can read them.
         ahead_bytes: gate and up codes that attention brings into the second-level cache.
     """
@@ -54,7 +51,6 @@ class FewBitShapes:
     long_add: WordConfig | None = None
     gate_up: WordConfig | None = None
     attention: bool = True
-    halves: bool = True
     prepares: bool = True
     ahead_bytes: int = 0
 
@@ -77,9 +73,9 @@ def choose(weight: QuantizedTensor, prepared: bool = False, gated: bool = False)
     """
     num_rows, width = weight.shape[-2:]
     if prepared:
-        many_rows = gated or num_rows >= PROGRAMS * PREPARED_MANY[0].rows
-        shapes = PREPARED_WIDE if width > 4096 else PREPARED_MANY if many_rows else PREPARED_FEW
-        return next((config for config in shapes if held_words(config, weight) <= PREPARED_WORDS), shapes[-1])
+        many_rows = gated or num_rows >= PROGRAMS * PREPARED_MANY.rows
+        narrow = PREPARED_MANY if many_rows else PREPARED_FEW
+        return narrow if width <= 4096 else PREPARED_WIDE
     fitting = [config for config in SHAPES if held_words(config, weight) <= HELD_WORDS]
     many = [config for config in fitting if num_rows >= PROGRAMS * config.rows]
     return min(many or fitting, key=lambda config: _instructions(config, width))
@@ -109,10 +105,5 @@ def _instructions(config: WordConfig, width: int) -> float:
 SHAPES = tuple(WordConfig(rows, num_warps) for num_warps in (2, 4, 8) for rows in (1, 2, 4, 8, 16))
 """Shapes that are thought of where programs prepare the vector."""
 
-PREPARED_WORDS = 100
-"""Registers of a lane that may wait for codes and scales where the vector is prepared: four warps fit a scheduler."""
-
-PREPARED_MANY = WordConfig(16, 4, 2), WordConfig(16, 8, 4), WordConfig(16, 8, 2)
-PREPARED_FEW = WordConfig(8, 2, 1), WordConfig(8, 4, 2), WordConfig(8, 4, 1)
-PREPARED_WIDE = WordConfig(8, 4, 1), WordConfig(8, 8, 1)
-"""Shapes for prepared vectors, the first that fits: of at most 4,096 values with many rows and few, and of more."""
+PREPARED_MANY, PREPARED_FEW, PREPARED_WIDE = WordConfig(16, 4, 4), WordConfig(8, 4, 4), WordConfig(8, 8, 2)
+"""Shapes for prepared vectors: of at most 4,096 values, with many rows and with few, and of more values."""

@@ -15,16 +15,15 @@ from phi35.kernels.operands import LayerCache, Norm, Rope
 from phi35.quantization.codes import QuantizedTensor
 from phi35.quantization.kernels.prepared import (
     Prepared,
-    leave_rows,
+    leave_vector,
     leaving,
     left_norms,
     reading,
     take_norm,
     take_vector,
 )
-from phi35.quantization.kernels.products import dot_pairs, dot_rows
 from phi35.quantization.kernels.shapes import WordConfig
-from phi35.quantization.kernels.words import hold_rows, places
+from phi35.quantization.kernels.words import dot_rows, hold_rows, places
 
 
 def operands(weight: QuantizedTensor) -> tuple[Any, ...]:
@@ -45,7 +44,6 @@ def constants(weight: QuantizedTensor, config: WordConfig) -> dict[str, Any]:
         "ZEROS": not one.symmetric,
         "BYTES": one.scale_bits == 8,
         "ASM": not interpreted(),
-        "HALVES": config.halves,
     }
 
 
@@ -217,7 +215,6 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     ZEROS: tl.constexpr,
     BYTES: tl.constexpr,
     ASM: tl.constexpr,
-    HALVES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     pairs: tl.constexpr = PAIRS * GROUPS
@@ -247,12 +244,14 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     wait_for_predecessor(PDL)
     span: tl.constexpr = 8 if PREPARED else 16
     integers, factor = take_vector(
-        hidden, prepared, norms, norm_biases, eps, PREPARED, PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS, HALVES
+        hidden, prepared, norms, norm_biases, eps, PREPARED, PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS
     )
-    low, high = dot_pairs(
-        low_held, high_held, integers, row_scale, low_row, HALF, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM,
-        span, GROUPS, HALVES,
-    )  # fmt: skip
+    low = dot_rows(
+        low_held, integers, row_scale, low_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+    )
+    high = dot_rows(
+        high_held, integers, row_scale, high_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+    )
     low, high = low * factor, high * factor
     if BIAS:
         low += tl.load(bias + head * (2 * HALF) + element).to(tl.float32)
@@ -303,7 +302,6 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     ZEROS: tl.constexpr,
     BYTES: tl.constexpr,
     ASM: tl.constexpr,
-    HALVES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     all_rows: tl.constexpr = ROWS * GROUPS
@@ -321,10 +319,10 @@ def _project_kernel(  # type: ignore[no-untyped-def]
         residual = tl.load(out + rows, mask=inside, other=0.0).to(tl.float32)
     span: tl.constexpr = 8 if PREPARED else 16
     integers, factor = take_vector(
-        vector, prepared, norms, norm_biases, eps, PREPARED, PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS, HALVES
+        vector, prepared, norms, norm_biases, eps, PREPARED, PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS
     )
     total = dot_rows(
-        held, integers, row_scale, first, num_rows, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS, HALVES
+        held, integers, row_scale, first, num_rows, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
     )
     total *= factor
     if BIAS:
@@ -335,13 +333,14 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + rows, rounded, mask=inside)
     if LEFT != "none":
         tl.static_assert(EVEN)
-        leave_rows(
+        leave_vector(
             left,
             rounded.to(tl.float32),
             next_norms,
             first,
             tl.program_id(0),
             num_rows,
+            all_rows,
             all_rows,
             LEFT,
             LEFT_NORM,
@@ -379,7 +378,6 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     ZEROS: tl.constexpr,
     BYTES: tl.constexpr,
     ASM: tl.constexpr,
-    HALVES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     all_rows: tl.constexpr = ROWS * GROUPS
@@ -394,15 +392,19 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     wait_for_predecessor(PDL)
     span: tl.constexpr = 8 if PREPARED else 16
     integers, factor = take_vector(
-        hidden, prepared, norms, norm_biases, eps, PREPARED, PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS, HALVES
+        hidden, prepared, norms, norm_biases, eps, PREPARED, PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS
     )
-    gate, up = dot_pairs(
-        gate_held, up_held, integers, row_scale, first, half, half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span,
-        GROUPS, HALVES,
-    )  # fmt: skip
+    gate = dot_rows(
+        gate_held, integers, row_scale, first, half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+    )
+    up = dot_rows(
+        up_held, integers, row_scale, up_first, 2 * half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+    )
     value = (activate(gate * factor, ACT) * (up * factor)).to(acted.dtype.element_ty)
     if LEFT == "none":
         tl.store(acted + rows, value, mask=rows < half)
     else:
         tl.static_assert(EVEN)
-        leave_rows(left, value.to(tl.float32), next_norms, first, tl.program_id(0), half, all_rows, LEFT, LEFT_NORM)
+        leave_vector(
+            left, value.to(tl.float32), next_norms, first, tl.program_id(0), half, all_rows, all_rows, LEFT, LEFT_NORM
+        )

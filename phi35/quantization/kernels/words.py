@@ -1,18 +1,23 @@
-"""What the one-token kernels load and hold: words of codes, the vector.
+"""What the one-token kernels share: words of codes, the vector in bytes, products in registers.
 
 A lane owns 16 columns at a time: two 32-bit words of eight 4-bit codes, or four of four bytes, one vector load a row.
-The vector is turned into 16-bit integers, with a scale for a lane's 16 columns or for each eight (``prepared``); sums
-with integer codes are exact in 32 bits. The rounding of a value is at most 2^-16 of the largest of its neighbours, less
-than that of bfloat16. e4m3 codes become float32 through the bits of a float16.
+Integer codes are multiplied four at a time (dp4a). The vector is turned into 16-bit integers for that, once a program,
+with a scale for each lane's 16 columns, and cut into a high and a low byte; sums are exact in 32 bits. The rounding of
+a value is at most 2^-16 of the largest of its 16 neighbours, less than that of bfloat16. e4m3 codes become float32
+through the bits of a float16.
 
 Instructions decide, not bandwidth alone: at 4 bits an H200 has time for seven a weight and lane at its memory's full
-rate, of every kind; these take about two, the vector included.
+rate, of every kind; these take about two, prepared vector included.
 """
 
 import triton
 import triton.language as tl
 
-from phi35.quantization.kernels.integers import prepared_integers
+LEVELS = tl.constexpr(32639.0)
+"""The largest 16-bit integer whose high byte, rounded, is a signed byte."""
+
+ROUND = tl.constexpr(12582912.0)
+"""1.5 * 2^23, in whose bits the two lowest bytes are 0."""
 
 
 @triton.jit
@@ -156,7 +161,6 @@ def spread(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr,
     KIND: tl.constexpr,
     ASM: tl.constexpr,
-    HALVES: tl.constexpr = False,
 ):
     """The norm of a vector in tiles, as a flat tuple of tensors (LANES,): for each chunk what ``_prepared`` gives."""
     count: tl.constexpr = 2 * ((WIDTH + 16 * LANES - 1) // (16 * LANES))
@@ -191,7 +195,7 @@ def spread(  # type: ignore[no-untyped-def]
             prepared = prepared + values
         else:
             # RMSNorm's factor goes to the scale of the integers.
-            prepared = prepared + prepared_integers(values, factor if NORM == "rmsnorm" else 1.0, KIND, ASM, HALVES)
+            prepared = prepared + _prepared(values, factor if NORM == "rmsnorm" else 1.0, KIND, ASM)
     return prepared
 
 
@@ -217,3 +221,205 @@ def split8(tile, LANES: tl.constexpr, GROUPS: tl.constexpr = 1):  # type: ignore
     v1, v5 = tl.split(c)
     v3, v7 = tl.split(d)
     return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit
+def _prepared(values, factor, KIND: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """16 values of a lane as integers: the bytes of four at a time, low and high, in the order in which codes come.
+
+    Then their sum and their scale, times ``factor``.
+    """
+    largest = tl.abs(values[0])
+    for place in tl.static_range(1, 16):
+        largest = tl.maximum(largest, tl.abs(values[place]), propagate_nan=tl.PropagateNan.ALL)
+    # What is no number, or infinite, has a scale of its kind and no inverse.
+    inverse = tl.where((largest > 1e-30) & (largest < float("inf")), LEVELS / largest, 0.0)
+    if KIND == "int4":
+        # Of 8 codes in a word the even ones come first, as one mask finds them.
+        packed = _bytes(values, inverse, 0, 2, ASM) + _bytes(values, inverse, 1, 2, ASM)
+        packed = packed + _bytes(values, inverse, 8, 2, ASM) + _bytes(values, inverse, 9, 2, ASM)
+    else:
+        packed = _bytes(values, inverse, 0, 1, ASM) + _bytes(values, inverse, 4, 1, ASM)
+        packed = packed + _bytes(values, inverse, 8, 1, ASM) + _bytes(values, inverse, 12, 1, ASM)
+    low = packed[0] * 0
+    high = packed[0] * 0
+    ones = low + 0x01010101
+    for quarter in tl.static_range(4):
+        low = _dot4(ones, packed[2 * quarter], low, ASM)
+        high = _dot4(ones, packed[2 * quarter + 1], high, ASM)
+    return packed + (low + (high << 8), largest * factor / LEVELS)
+
+
+@triton.jit
+def _bytes(values, inverse, FIRST: tl.constexpr, STEP: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Low bytes of four values' integers in a word, and high ones, which are those of the integers plus 128.
+
+    Added to ``ROUND``, a number leaves its nearest integer in the two lowest bytes of the sum.
+    """
+    low = ()
+    high = ()
+    for place in tl.static_range(4):
+        value = values[FIRST + STEP * place]
+        low = low + ((value * inverse + ROUND).to(tl.int32, bitcast=True),)  # type: ignore[assignment]
+        high = high + ((value * inverse + (ROUND + 128.0)).to(tl.int32, bitcast=True),)  # type: ignore[assignment]
+    return _packed(low, 0, ASM), _packed(high, 1, ASM)
+
+
+@triton.jit
+def _packed(numbers, BYTE: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Byte 0 or 1 of each of four numbers in a word."""
+    a, b, c, d = numbers
+    if ASM:
+        pick: tl.constexpr = "0x0040" if BYTE == 0 else "0x0051"
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 s, t; prmt.b32 s, $1, $2, "
+            + pick
+            + "; prmt.b32 t, $3, $4, "
+            + pick
+            + "; prmt.b32 $0, s, t, 0x5410;}",
+            "=r,r,r,r,r",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        shift: tl.constexpr = 8 * BYTE
+        low = ((a >> shift) & 255) | (((b >> shift) & 255) << 8)
+        return low | (((c >> shift) & 255) << 16) | ((d >> shift) << 24)
+
+
+@triton.jit
+def _dot4(codes, values, total, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """total plus the products of four unsigned bytes with four signed ones."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, values, total], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        for place in tl.static_range(4):
+            total += ((codes >> (8 * place)) & 255) * ((values << (24 - 8 * place)) >> 24)
+        return total
+
+
+@triton.jit
+def _dot16(  # type: ignore[no-untyped-def]
+    words,
+    point,
+    prepared,
+    WORD: tl.constexpr,
+    START: tl.constexpr,
+    KIND: tl.constexpr,
+    ZEROS: tl.constexpr,
+    SPAN: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Sum over a lane's 16 codes, words WORD on, of (code - zero) times prepared values, START on; float32 (LANES,).
+
+    SPAN of them, 8 or 16, have a sum and a scale of their own: sums stand behind the bytes, then scales.
+    """
+    middle: tl.constexpr = 8 if KIND == "int4" else 128
+    spans: tl.constexpr = 16 // SPAN
+    result = tl.zeros(words[WORD].shape, tl.float32)
+    for span in tl.static_range(spans):
+        total, scale = prepared[START + 8 + span], prepared[START + 8 + spans + span]
+        low = total * 0 if ZEROS else total * (-middle)
+        high = total * 0
+        for quarter in tl.static_range(4 * span // spans, 4 * (span + 1) // spans):
+            if KIND == "int4":
+                word = words[WORD + quarter // 2]
+                four = (word >> (4 * (quarter % 2))) & 0x0F0F0F0F
+            else:
+                four = words[WORD + quarter]
+            low = _dot4(four, prepared[START + 2 * quarter], low, ASM)
+            high = _dot4(four, prepared[START + 2 * quarter + 1], high, ASM)
+        part = (low + (high << 8)).to(tl.float32)
+        if ZEROS:
+            part -= point.to(tl.float32) * total.to(tl.float32)
+        if span == 0:
+            result = part * scale
+        else:
+            result += part * scale
+    return result
+
+
+@triton.jit
+def _from_fp8(code):  # type: ignore[no-untyped-def]
+    """e4m3 in the lowest 8 bits, as float32 over 256: its bits are those of a float16 of a smaller exponent."""
+    half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+    return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _dot16_fp8(words, values, WORD: tl.constexpr, START: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sum over a lane's 16 codes, words WORD on, of code times values, START on; float32 (LANES,)."""
+    total = _from_fp8(words[WORD]) * values[START]
+    for place in tl.static_range(1, 16):
+        total += _from_fp8(words[WORD + place // 4] >> (8 * (place % 4))) * values[START + place]
+    return total * 256.0
+
+
+@triton.jit
+def dot_rows(  # type: ignore[no-untyped-def]
+    held,
+    prepared,
+    row_scale,
+    first,
+    num_rows,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    KIND: tl.constexpr,
+    ZEROS: tl.constexpr,
+    BYTES: tl.constexpr,
+    ASM: tl.constexpr,
+    SPAN: tl.constexpr = 16,
+    GROUPS: tl.constexpr = 1,
+):
+    """Products (ROWS,) or (GROUPS, ROWS) float32 of held rows with a prepared vector.
+
+    SPAN of the vector's values share a scale.
+    """
+    words, scales, points = held
+    each: tl.constexpr = 2 if KIND == "int4" else 4
+    per: tl.constexpr = 16 if KIND == "fp8" else 8 + 32 // SPAN
+    count: tl.constexpr = (WIDTH + 16 * LANES - 1) // (16 * LANES)
+    sums = ()
+    for row in tl.static_range(ROWS):
+        total = tl.zeros(scales[0].shape, tl.float32)
+        for chunk in tl.static_range(count):
+            if KIND == "fp8":
+                part = _dot16_fp8(words, prepared, (row * count + chunk) * each, chunk * per)
+            else:
+                point = points[row * count + chunk] if ZEROS else 0
+                part = _dot16(words, point, prepared, (row * count + chunk) * each, chunk * per, KIND, ZEROS, SPAN, ASM)
+            total += part * scales[row * count + chunk].to(tl.float32)
+        sums = sums + (total,)  # type: ignore[assignment]
+    result = _sum_lanes(sums, ROWS, LANES, GROUPS)
+    if BYTES:
+        rows = tl.minimum(places(first, ROWS, GROUPS), num_rows - 1)
+        result *= tl.load(row_scale + rows)
+    return result
+
+
+@triton.jit
+def _sum_lanes(sums, ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums over lanes of ROWS tensors (LANES,) or (GROUPS, LANES), reduced together: (ROWS,) or (GROUPS, ROWS)."""
+    tl.static_assert(ROWS <= 16 and ROWS & (ROWS - 1) == 0)
+    shape: tl.constexpr = (LANES, ROWS) if GROUPS == 1 else (GROUPS, LANES, ROWS)
+    if ROWS == 1:
+        joined = tl.reshape(sums[0], shape)
+    else:
+        joined = tl.reshape(_joined(sums, 0, 1, ROWS), shape)
+    return tl.sum(joined, axis=0 if GROUPS == 1 else 1)
+
+
+@triton.jit
+def _joined(sums, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """COUNT of the tensors, every STEP-th from FIRST on, as (LANES, 2, 2, ...) whose last dimension turns fastest."""
+    if COUNT == 2:
+        return tl.join(sums[FIRST], sums[FIRST + STEP])
+    else:
+        even = _joined(sums, FIRST, 2 * STEP, COUNT // 2)
+        odd = _joined(sums, FIRST + STEP, 2 * STEP, COUNT // 2)
+        return tl.join(even, odd)
