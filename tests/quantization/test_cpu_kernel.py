@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ def test_the_kernel_is_there_where_a_compiler_is() -> None:
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("no C compiler is on the PATH")
     assert native.missing() is None, "or all tests of the kernel would be skipped"
+
+
+def test_the_package_carries_all_parts_of_the_kernel() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    carried = project["tool"]["setuptools"]["package-data"]["phi35.quantization.cpu"]
+    folder = native.SOURCE.parent
+    assert sorted(carried) == sorted(part.name for part in native.PARTS)
+    assert sorted(carried) == sorted(path.name for path in folder.iterdir() if path.suffix in (".c", ".h"))
 
 
 @needs_compiler
