@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import phi35
 from phi35 import presets
@@ -152,7 +153,20 @@ def _adapted(model: Any) -> None:
     add_adapter(model, AdapterConfig(rank=2, targets=("attention",)))
 
 
-@pytest.mark.parametrize("change", [_hooked, _adapted, lambda model: model.train()], ids=["hook", "LoRA", "training"])
+class _Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given: Any) -> Any:
+        return self.inner(*given)
+
+
+def _wrapped(model: Any) -> None:
+    model.model.layers[0] = _Wrapper(model.model.layers[0])
+
+
+@pytest.mark.parametrize("change", [_hooked, _adapted, _wrapped, lambda model: model.train()])
 def test_modules_with_more_to_do_run_themselves(change: Callable[[Any], None], taken: Taken) -> None:
     model, plain = pair("tiny-phi-3.5-mini", WeightFormat(group_size=32))
     change(model)

@@ -15,6 +15,7 @@ from phi35.attention import Attention, AttentionPlan
 from phi35.cache import KVCache
 from phi35.config import ModelConfig
 from phi35.feed_forward import GatedMLP
+from phi35.model import DecoderLayer
 from phi35.norm import RMSNorm
 from phi35.quantization.cpu import native
 from phi35.quantization.modules import QuantizedLinear
@@ -80,19 +81,10 @@ def _takes_pass(decoder: Any, hidden_states: torch.Tensor, plan: AttentionPlan, 
     known = hidden_states.device.type == "cpu" and hidden_states.dtype in native.KINDS
     few = hidden_states.shape[1] == 1 and 0 < hidden_states.shape[0] <= native.MAX_TOKENS
     plain = plan.packed is None and plan.sequence_parallel is None and plan.block_sparse is None
-    stored = (
-        plan.slots is not None and type(cache) is KVCache and cache.kind is None and cache.dtype == hidden_states.dtype
-    )
+    stored = plan.slots is not None and cache.kind is None and cache.dtype == hidden_states.dtype
     quiet = not (decoder.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-    return (
-        known
-        and few
-        and plain
-        and stored
-        and cache.dtype == hidden_states.dtype
-        and quiet
-        and native.best_variant() == "avx512"
-    )
+    fits = known and few and plain and stored and type(cache) is KVCache
+    return fits and quiet and native.best_variant() == "avx512"
 
 
 def _takes_config(config: ModelConfig) -> bool:
@@ -103,9 +95,11 @@ def _takes_config(config: ModelConfig) -> bool:
 # Modules are asked for their parts by their dictionaries: ``nn.Module.__getattr__`` would cost a percent of a step.
 def _layer_numbers(layer: nn.Module, dtype: torch.dtype) -> list[int] | None:
     """A layer's weights as numbers and addresses, without its cache; None where a module is of another kind."""
+    if not _is_plain(layer, DecoderLayer):
+        return None
     parts = layer._modules
     attention, mlp = parts["self_attn"], parts["mlp"]
-    if _hooked(layer) or not (_is_plain(attention, Attention) and _is_plain(mlp, GatedMLP)):
+    if not (_is_plain(attention, Attention) and _is_plain(mlp, GatedMLP)):
         return None
     numbers: list[int] = []
     for parent, name in ((attention, "qkv_proj"), (attention, "o_proj"), (mlp, "gate_up_proj"), (mlp, "down_proj")):
@@ -139,10 +133,6 @@ def _linear_numbers(linear: QuantizedLinear, dtype: torch.dtype) -> list[int]:
     assert scale is not None
     sizes = [linear.out_features, linear.in_features, scale.shape[-1], one.bits, native.SCALE_KINDS[scale.dtype]]
     return numbers + sizes
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
