@@ -35,16 +35,13 @@ from phi35 import presets  # noqa: E402
 from phi35.generation.fast_step import DecodeStep  # noqa: E402
 from phi35.quantization.kernels.shapes import FewBitShapes, WordConfig  # noqa: E402
 
-MIB = 2**20
 FIELDS: dict[str, list[Any]] = {
-    "qkv": [(8, 4, 4), (8, 2, 2), (32, 8, 8), (16, 4, 4, 128), (16, 4, 2), (16, 2, 1)],
-    "gate_up": [(32, 8, 8), (16, 8, 8), (16, 4, 4, 128), (16, 8, 4), (16, 4, 2), (16, 2, 1)],
-    "long_add": [(8, 8, 4), (8, 4, 2), (16, 8, 2), (16, 8, 4), (8, 4, 1), (8, 8, 2, 80)],
-    "short_add": [(8, 4, 2), (8, 8, 4), (8, 2, 2), (16, 4, 4), (8, 4, 1)],
-    "ahead_bytes": [8 * MIB, 20 * MIB],
-    "attention": [False],
+    "qkv": [(8, 4, 4), (8, 2, 2), (32, 4, 4), (32, 8, 8), (8, 4, 2), (16, 4, 2), (16, 2, 1)],
+    "gate_up": [(32, 8, 8), (16, 8, 8), (16, 8, 4), (16, 4, 2), (32, 4, 4), (16, 2, 1)],
+    "long_add": [(8, 8, 4), (8, 4, 2), (16, 8, 2), (16, 8, 4), (8, 4, 1), (8, 8, 1)],
+    "short_add": [(8, 4, 1), (16, 2, 1), (16, 4, 1)],
 }
-"""Candidates of each field: rows, warps, groups and registers of a program; bytes; whether."""
+"""Candidates of each field: rows, warps and groups of a program."""
 
 
 def candidates() -> dict[str, FewBitShapes]:
@@ -52,7 +49,7 @@ def candidates() -> dict[str, FewBitShapes]:
     found = {"unprepared": FewBitShapes(prepares=False), "default": FewBitShapes()}
     for field, values in FIELDS.items():
         for value in values:
-            change: dict[str, Any] = {field: WordConfig(*value) if isinstance(value, tuple) else value}
+            change: dict[str, Any] = {field: WordConfig(*value)}
             found[f"{field} {value}"] = replace(FewBitShapes(), **change)
     return found
 

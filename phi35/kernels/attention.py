@@ -11,13 +11,11 @@ import triton
 import triton.language as tl
 
 from phi35.kernels import coded_attention
-from phi35.kernels.attention_parts import add_parts, head_at, leave_part
 from phi35.kernels.cache_codes import EXPONENT, decode, scales_of
 from phi35.kernels.coded_attention import attend_codes
 from phi35.kernels.common import launch_options, prefetch, slot_offset, wait_for_predecessor
 from phi35.kernels.configs import AttentionConfig
 from phi35.kernels.operands import LayerCache
-from phi35.quantization.kernels.prepared import Prepared
 
 PREFETCHED_STEPS = 3
 """Steps whose keys and values a program asks for before it waits."""
@@ -43,7 +41,6 @@ def attend(
     config: AttentionConfig,
     pdl: bool,
     ahead: tuple[torch.Tensor, ...] = (),
-    target: Prepared | None = None,
 ) -> None:
     """Attend from one token a row, whose own key and value are already stored.
 
@@ -58,13 +55,11 @@ def attend(
         pdl: launch programmatically.
         ahead: up to three contiguous tensors (weights of the kernels to come) that are brought into the second-level
             cache meanwhile: attention over few keys leaves the memory idle.
-        target: where the result of one token is left as integers instead, for a product in few bits; needs splits.
     """
     batch, num_kv, head_dim, slots = query.shape[0], cache.num_kv, cache.head_dim, cache.num_slots
     assert cache.page_size % config.block == 0
     group, tokens = query.shape[1] // head_dim // num_kv, cache.repeats
     assert batch % tokens == 0
-    assert target is None or (batch == 1 and config.splits > 1)
     asked = [(tensor, tensor.nbytes) for tensor in ahead] + [(query, 0)] * (3 - len(ahead))
     _attend_kernel[(config.splits, num_kv, batch // tokens)](
         query,
@@ -82,7 +77,6 @@ def attend(
         EXPONENT,
         *(tensor for tensor, _ in asked),
         *(num_bytes for _, num_bytes in asked),
-        scratch.sums if target is None else target.buffer,
         NUM_KV=num_kv,
         GROUP=group,
         TOKENS=tokens,
@@ -102,7 +96,6 @@ def attend(
         AHEAD=len(ahead),
         KIND=cache.kind or "none",
         **coded_attention.widths(head_dim),
-        LEFT="none" if target is None else target.kind,
         **launch_options(config.num_warps, pdl),
     )
 
@@ -129,7 +122,6 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     bytes_a,
     bytes_b,
     bytes_c,
-    left,
     NUM_KV: tl.constexpr,
     GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -151,7 +143,6 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     ASM: tl.constexpr,
-    LEFT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TOKENS
@@ -268,11 +259,11 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     members = tl.arange(0, 1 if GROUP * TOKENS == 1 else PADDED_GROUP)
     shape: tl.constexpr = (NUM_KV, GROUP, TOKENS, HEAD_DIM, SPLITS)
     if GROUP * TOKENS == 1 and KIND != "none":
-        leave_part(out, sums, place, row, head, split, members, weight, summed, 0, LOW, shape)
+        _leave(out, sums, place, row, head, split, members, weight, summed, 0, LOW, shape)
         if HIGH > 0:
-            leave_part(out, sums, place, row, head, split, members, weight, high, LOW, HIGH, shape)
+            _leave(out, sums, place, row, head, split, members, weight, high, LOW, HIGH, shape)
     else:
-        leave_part(out, sums, place, row, head, split, members, weight, summed, 0, PADDED_DIM, shape)
+        _leave(out, sums, place, row, head, split, members, weight, summed, 0, PADDED_DIM, shape)
     if SPLITS > 1:
         part = (place * SPLITS + split) * (GROUP * TOKENS) + members
         tl.store(scales + part * 2, best, mask=members < GROUP * TOKENS)
@@ -281,15 +272,13 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         before = tl.atomic_add(arrived + place, 1, sem="acq_rel", scope="gpu")
         if before == SPLITS - 1:
             tl.store(arrived + place, 0)
-            add_parts(
+            _add_parts(
                 out,
-                left,
                 sums,
                 scales,
                 place,
                 row,
                 head,
-                LEFT,
                 NUM_KV,
                 GROUP,
                 TOKENS,
@@ -298,6 +287,44 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
                 SPLITS,
                 PADDED_SPLITS,
             )
+
+
+@triton.jit
+def _leave(  # type: ignore[no-untyped-def]
+    out,
+    sums,
+    place,
+    row,
+    head,
+    split,
+    members,
+    weight,
+    summed,
+    FROM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """Store columns FROM on of the weighted values: for the program that adds the parts, or divided where none does."""
+    NUM_KV: tl.constexpr = SHAPE[0]
+    GROUP: tl.constexpr = SHAPE[1]
+    TOKENS: tl.constexpr = SHAPE[2]
+    HEAD_DIM: tl.constexpr = SHAPE[3]
+    SPLITS: tl.constexpr = SHAPE[4]
+    columns = FROM + tl.arange(0, WIDTH)
+    mask = (members < GROUP * TOKENS)[:, None] & (columns < HEAD_DIM)[None, :]
+    if SPLITS == 1:
+        at = _head_at(row, head, members, NUM_KV, GROUP)[:, None] * HEAD_DIM + columns[None, :]
+        tl.store(out + at, (summed / weight[:, None]).to(out.dtype.element_ty), mask=mask)
+    else:
+        part = (place * SPLITS + split) * (GROUP * TOKENS) + members
+        tl.store(sums + part[:, None] * HEAD_DIM + columns[None, :], summed, mask=mask)
+
+
+@triton.jit
+def _head_at(row, head, members, NUM_KV: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which head of all queries a member is: the queries of a head of keys, token after token from ``row`` on."""
+    token = row + members // GROUP
+    return (tl.cast(token, tl.int64) * NUM_KV + head) * GROUP + members % GROUP
 
 
 @triton.jit
@@ -390,7 +417,7 @@ def _attend_group(  # type: ignore[no-untyped-def]
     """The queries that share a head of keys, on the matrix units: maxima (g,), sums (g,), weighted values (g, d)."""
     members, dims, lanes = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK)
     mask = (members < GROUP * TOKENS)[:, None] & (dims < HEAD_DIM)[None, :]
-    heads = head_at(row, head, members, NUM_KV, GROUP)
+    heads = _head_at(row, head, members, NUM_KV, GROUP)
     queries = tl.load(query + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
     if TOKENS > 1:
         last = tl.load(lengths + row + members // GROUP, mask=members < GROUP * TOKENS, other=0)
@@ -431,3 +458,34 @@ def _attend_group(  # type: ignore[no-untyped-def]
         summed = tl.dot(chance.to(value.dtype), value, summed * shrink[:, None], input_precision="ieee")
         best = higher
     return best, weight, summed
+
+
+@triton.jit
+def _add_parts(  # type: ignore[no-untyped-def]
+    out,
+    sums,
+    scales,
+    place,
+    row,
+    head,
+    NUM_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PADDED_SPLITS: tl.constexpr,
+):
+    """Add the parts of a head; the reads go past the first-level cache, which may hold older values."""
+    dims, parts = tl.arange(0, PADDED_DIM), tl.arange(0, PADDED_SPLITS)
+    for member in tl.static_range(GROUP * TOKENS):
+        part = (place * SPLITS + parts) * (GROUP * TOKENS) + member
+        real = parts < SPLITS
+        best = tl.load(scales + part * 2, mask=real, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.load(scales + part * 2 + 1, mask=real, other=0.0, cache_modifier=".cg")
+        mask = real[:, None] & (dims < HEAD_DIM)[None, :]
+        part_sums = tl.load(sums + part[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        shrink = tl.exp2(best - tl.max(best, axis=0))
+        total = tl.sum(part_sums * shrink[:, None], axis=0) / tl.sum(weight * shrink, axis=0)
+        at = _head_at(row, head, member, NUM_KV, GROUP) * HEAD_DIM + dims
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=dims < HEAD_DIM)

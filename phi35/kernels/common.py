@@ -16,10 +16,9 @@ LINE = tl.constexpr(128)
 """Bytes of a cache line."""
 
 
-def launch_options(num_warps: int, pdl: bool, registers: int | None = None) -> dict[str, Any]:
-    """Keywords of a launch, with at most so many registers a lane; the interpreter knows no programmatic launch."""
-    limit = {} if registers is None else {"maxnreg": registers}
-    return {"num_warps": num_warps, "PDL": pdl} | limit | ({"launch_pdl": True} if pdl else {})
+def launch_options(num_warps: int, pdl: bool) -> dict[str, Any]:
+    """Keywords of a launch; the interpreter knows no programmatic launch."""
+    return {"num_warps": num_warps, "PDL": pdl} | ({"launch_pdl": True} if pdl else {})
 
 
 @triton.jit

@@ -105,9 +105,6 @@ def test_attention_streams_keys_through_shared_memory(
     constants |= {"WINDOW": 0, "PREFETCHED": attention.PREFETCHED_STEPS, "PARTS": 256, "LANES": 128, "AHEAD": 3}
     constants |= {"PDL": True, "KIND": kind, **coded_attention.widths(head_dim)}
     arguments |= typed("*bf16", "ahead_a", "ahead_b", "ahead_c") | typed("i32", "bytes_a", "bytes_b", "bytes_c")
-    # Rows that lie whole: the result is left for a product in few bits.
-    constants["LEFT"] = "int4" if tokens == 1 and page == 0 else "none"
-    arguments["left"] = "*i32" if constants["LEFT"] == "int4" else "*fp32"
     kernel = compile_kernel(attention._attend_kernel, arguments, constants, config.num_warps)
     instructions, stack = machine_code(kernel, tmp_path)
     assert kernel.metadata.shared <= SHARED_MEMORY // 2 and stack == 0

@@ -52,7 +52,7 @@ def gate_up(config: shapes.WordConfig, prepared: bool) -> Any:
     arguments |= typed("*i32", "prepared", "left", "left_norm")
     constants: dict[str, Any] = {"NORM": "rmsnorm", "ACT": "silu", "EVEN": True, "PDL": True, "PREPARED": prepared}
     constants |= {"GROUPS": config.groups, "ROWS": config.rows // 2 // config.groups}
-    constants["PARTS"] = 384 if prepared else 0
+    constants |= {"PARTS": 384 if prepared else 0, "PADDED_PARTS": 512 if prepared else 1}
     constants |= {"LEFT": "int4" if prepared else "none", "LEFT_NORM": False} | vector.constants(weight, config)
     return compile_kernel(vector._gate_up_kernel, arguments, constants, config.num_warps)
 
@@ -78,7 +78,7 @@ def test_gate_up_asks_for_all_codes_before_the_wait(tmp_path: Path) -> None:
 
 
 def test_gate_up_of_a_prepared_vector_is_short_after_the_wait(tmp_path: Path) -> None:
-    """Two groups of two warps with eight rows each: no vector is made, twice as many warps fit."""
+    """Two groups of two warps with eight rows each: no vector is made, and twice as many warps fit."""
     config = shapes.choose(on_meta(WeightFormat(), 16384, 3072), prepared=True)
     kernel = gate_up(config, True)
     instructions, stack = machine_code(kernel, tmp_path)
@@ -88,7 +88,7 @@ def test_gate_up_of_a_prepared_vector_is_short_after_the_wait(tmp_path: Path) ->
     assert sum(place < wait for place in loads) == 2 * 3 * 8 and stack == 0
     found = counted(instructions)
     assert found["IDP"] == 8 * 3 * 8
-    # Measured: 868, against 1,826 of the form above; 19 barriers.
+    # Measured by Triton 3.6: 923, against 1,826 of the form above, which has twice as many weights a lane.
     print(f"gate_up: {len(instructions) - wait} instructions after the wait, {found['BAR']} barriers")
     assert len(instructions) - wait < 1000 and found["BAR"] <= 20
 

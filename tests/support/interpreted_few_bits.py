@@ -118,7 +118,7 @@ def step_case(
     small |= {"head_dim": 16, "vocab_size": 96, "stop_token_ids": (90,), "eos_token_id": 90, "pad_token_id": 90}
     model = phi35.create(name, seed=0, initializer_range=0.2, quantization=quantization, **(small | changes))
     ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
-    caches = [model.new_cache(1, 64) for _ in range(2)]
+    caches = [model.new_cache(1, 32) for _ in range(2)]
     tokens = [model(ids, past_key_values=cache).logits[:, -1].argmax(dim=-1) for cache in caches][0]
     one = AttentionConfig(block=16, num_warps=1)
     tuning = StepTuning(one=one, grouped=one)
@@ -166,7 +166,9 @@ if __name__ == "__main__":
         "tiny-phi-3.5-mini", QuantizationConfig(linear=small, head=row, embedding=small), 1, num_hidden_layers=2
     )
     bytes_zeros = QuantizationConfig(linear=WeightFormat(bits=8, group_size=32, symmetric=False))
-    single_groups = FewBitShapes(WordConfig(8, 2), WordConfig(8, 1), WordConfig(16, 1), WordConfig(16, 2))
+    single_groups = FewBitShapes(
+        WordConfig(8, 2), WordConfig(8, 1), WordConfig(16, 1), WordConfig(16, 2), prepares_bytes=True
+    )
     report["step in one group"] = step_case("tiny-phi-3.5-mini", bytes_zeros, 1, single_groups, num_hidden_layers=2)
     zeros = QuantizationConfig(linear=FORMATS["int4_g32_zeros"])
     report["step sparse"] = step_case("tiny-phi-3.5-moe", zeros, 1, num_hidden_layers=1)

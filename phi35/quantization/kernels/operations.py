@@ -69,29 +69,14 @@ class FewBitOperations(VectorOperations):
         inputs = (hidden, norm, weight, linear.bias, rope, state.lengths, state.rope_long)
         kernels.project_qkv(*inputs, query, cache, config, self.pdl, source)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        cache: LayerCache,
-        state: StepState,
-        out: torch.Tensor,
-        following: tuple[Any, Any],
-    ) -> None:
-        """See ``PlainOperations``."""
-        target = None
-        if self.shapes.attention and self.attention_config.splits > 1:
-            target = self._target(following[0], None, query.shape[1], cache.head_dim)
-        options = (self.scratch, self.window, self.attention_config, self.pdl, self._ahead(*following), target)
-        self._attention.attend(query, cache, state.lengths, out, *options)
-
     def project_add(self, vector: torch.Tensor, linear: Any, hidden: torch.Tensor) -> None:
         """See ``PlainOperations``."""
         weight, source = few_bits(linear), self._take(linear)
         if weight is None:
             return super().project_add(vector, linear, hidden)
         given = self.shapes.short_add if weight.shape[1] <= 4096 else self.shapes.long_add
-        config = self._config(given, weight, source)
         reader, norm = self._readers.get(id(linear), (None, None))
+        config = self._config(given, weight, source, self._is_left_to(reader))
         target = self._target(reader, norm, weight.shape[0], config.rows)
         kernels.project(vector, None, weight, linear.bias, hidden, config, self.pdl, True, source, target)
 
@@ -122,25 +107,32 @@ class FewBitOperations(VectorOperations):
         """hidden += the feed-forward of the normed source."""
         weight, left = mlp.gate_up_proj.held(), self._take(mlp.gate_up_proj)
         acted = self._acted.setdefault(weight.shape[0], source.new_empty(1, weight.shape[0] // 2))
-        config = self._config(self.shapes.gate_up, weight, left, gated=True)
+        config = self._config(self.shapes.gate_up, weight, left)
         target = self._target(mlp.down_proj, None, weight.shape[0] // 2, config.rows // 2)
         kernels.project_gate_up(source, norm, weight, acted, self.hidden_act, config, self.pdl, left, target)
         self.project_add(acted, mlp.down_proj, hidden)
 
     def _config(
-        self, given: WordConfig | None, weight: QuantizedTensor, source: Prepared | None, gated: bool = False
+        self, given: WordConfig | None, weight: QuantizedTensor, source: Prepared | None, leaves: bool = False
     ) -> WordConfig:
         """The shape that was asked for, unless it needs a prepared vector where there is none."""
         if given is None or (source is None and given.groups > 1):
-            return choose(weight, source is not None, gated)
+            return choose(weight, source is not None, leaves)
         return given
+
+    def _is_left_to(self, reader: Any) -> bool:
+        """Whether vectors are left as integers for a product."""
+        weight = None if reader is None else few_bits(reader)
+        if weight is None or weight.format.type != "int":
+            return False
+        return self.shapes.prepares if weight.format.bits == 4 else self.shapes.prepares_bytes
 
     def _target(self, reader: Any, norm: Norm | None, width: int, rows: int) -> Prepared | None:
         """Where to leave a vector of ``width`` for the product ``reader``, from programs of ``rows`` rows; or None."""
-        weight = None if reader is None else few_bits(reader)
-        if weight is None or weight.format.type != "int" or (norm is not None and norm.kind != "rmsnorm"):
+        weight = few_bits(reader) if self._is_left_to(reader) else None
+        if weight is None or (norm is not None and norm.kind != "rmsnorm"):
             return None
-        if not self.shapes.prepares or rows % SPAN or width % rows or width % (2 * SPAN):
+        if rows % SPAN or width % rows or width % (2 * SPAN):
             return None
         # A kernel may read one vector and leave another of the same width.
         place = width, norm is None
@@ -154,15 +146,6 @@ class FewBitOperations(VectorOperations):
         """What the kernel before has left for this product, or None."""
         left, self._left = self._left, None
         return left[1] if left is not None and left[0] is linear else None
-
-    def _ahead(self, linear: Any, mlp: Any) -> tuple[torch.Tensor, ...]:
-        """The first gate and up codes; those of o_proj come by its own early start."""
-        weight = few_bits(mlp.gate_up_proj) if type(mlp) is GatedMLP else None
-        if not self.pdl or weight is None:
-            return super()._ahead(linear, mlp)
-        half, codes = weight.shape[0] // 2, weight.codes
-        rows = min(half, self.shapes.ahead_bytes // (2 * codes.element_size() * codes.shape[1]))
-        return (codes[:rows], codes[half : half + rows]) if rows else ()
 
 
 def few_bits(linear: Any) -> QuantizedTensor | None:

@@ -56,10 +56,12 @@ def buffer_words(width: int) -> int:
 
 def reading(source: Prepared | None, unused: torch.Tensor) -> dict[str, Any]:
     """Arguments of a kernel that takes its vector from a buffer, or from the vector itself."""
+    parts = 0 if source is None else source.parts
     return {
         "prepared": unused if source is None else source.buffer,
         "PREPARED": source is not None,
-        "PARTS": 0 if source is None else source.parts,
+        "PARTS": parts,
+        "PADDED_PARTS": triton.next_power_of_2(max(1, parts)),
     }
 
 
@@ -82,6 +84,7 @@ def take_vector(  # type: ignore[no-untyped-def]
     eps,
     PREPARED: tl.constexpr,
     PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
     NORM: tl.constexpr,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
@@ -91,7 +94,7 @@ def take_vector(  # type: ignore[no-untyped-def]
 ):
     """What ``dot_rows`` multiplies, and what is to multiply its products: from a buffer or from the vector itself."""
     if PREPARED:
-        return _load(prepared, WIDTH, LANES, GROUPS), _norm_factor(prepared, eps, WIDTH, PARTS, LANES, GROUPS)
+        return _load(prepared, WIDTH, LANES, GROUPS), _norm_factor(prepared, eps, WIDTH, PARTS, PADDED_PARTS)
     else:
         tl.static_assert(GROUPS == 1)
         return spread(load_halves(vector, WIDTH, LANES), norms, norm_biases, eps, NORM, WIDTH, LANES, KIND, ASM), 1.0
@@ -130,27 +133,14 @@ def _load(prepared, WIDTH: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constex
 
 
 @triton.jit
-def _norm_factor(  # type: ignore[no-untyped-def]
-    prepared, eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr
-):
-    """RMSNorm's factor from PARTS sums of squares, (GROUPS, 1) where each group of warps adds them up; 1 without."""
+def _norm_factor(prepared, eps, WIDTH: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """RMSNorm's factor from PARTS sums of squares; 1 without them."""
     if PARTS == 0:
         return 1.0
     else:
-        lane = lanes(LANES, GROUPS)
-        sums = ()
-        for chunk in tl.static_range((PARTS + 4 * LANES - 1) // (4 * LANES)):
-            part = several(chunk * LANES + lane, 4, 4, GROUPS)
-            squares = tl.load(prepared + WIDTH // 2 + WIDTH // 4 + part, mask=part < PARTS, other=0)
-            sums = sums + (tl.sum(squares.to(tl.float32, bitcast=True), axis=len(lane.shape)),)  # type: ignore[assignment]
-        total = sums[0]  # type: ignore[misc]
-        for chunk in tl.static_range(1, len(sums)):
-            total += sums[chunk]
-        if GROUPS == 1:
-            whole = tl.sum(total, axis=0)
-        else:
-            whole = tl.sum(total, axis=1)[:, None]
-        return 1.0 / tl.sqrt(whole / WIDTH + eps)
+        part = tl.arange(0, PADDED_PARTS)
+        squares = tl.load(prepared + WIDTH // 2 + WIDTH // 4 + part, mask=part < PARTS, other=0)
+        return 1.0 / tl.sqrt(tl.sum(squares.to(tl.float32, bitcast=True), axis=0) / WIDTH + eps)
 
 
 @triton.jit
@@ -172,14 +162,12 @@ def leave_vector(  # type: ignore[no-untyped-def]
     part,
     width,
     ROWS: tl.constexpr,
-    REAL: tl.constexpr,
     KIND: tl.constexpr,
     NORM: tl.constexpr,
 ):
     """Leave values (ROWS,) float32, columns ``first`` on of ``width``, for codes of KIND; with NORM times ``norms``.
 
-    ``first``, ROWS and REAL, the rows that there are, are multiples of eight. ``part`` numbers the program, for its sum
-    of squares.
+    ``first`` and ROWS are multiples of eight. ``part`` numbers the program, for its sum of squares.
     """
     spans: tl.constexpr = ROWS // _SPAN
     place = tl.arange(0, _SPAN)[None, :]
@@ -202,12 +190,9 @@ def leave_vector(  # type: ignore[no-untyped-def]
     else:
         byte = (half * 2 + place // 4) * 8 + place % 4
     at = prepared.to(tl.pointer_type(tl.int8), bitcast=True) + column // 16 * 32 + byte
-    real = (column - first) < REAL
-    tl.store(at, low.to(tl.int8), mask=real)
-    tl.store(at + 4, high.to(tl.int8), mask=real)
-    span = tl.arange(0, spans) * _SPAN
-    real_span = span < REAL
-    span += first
+    tl.store(at, low.to(tl.int8))
+    tl.store(at + 4, high.to(tl.int8))
+    span = first + tl.arange(0, spans) * _SPAN
     end = prepared + width // 2 + span // 16 * 4 + span // _SPAN % 2
-    tl.store(end, tl.sum((low << 16) >> 16, axis=1), mask=real_span)
-    tl.store(end + 2, (largest / LEVELS).to(tl.int32, bitcast=True), mask=real_span)
+    tl.store(end, tl.sum((low << 16) >> 16, axis=1))
+    tl.store(end + 2, (largest / LEVELS).to(tl.int32, bitcast=True))

@@ -14,13 +14,11 @@ class WordConfig:
         num_warps: warps of a program.
         groups: of warps; those of a group share each row, 16 columns a lane and load. More than one only where the
             vector comes prepared: each group takes all of it.
-        registers: that a lane may take at most; None for as many as the compiler likes.
     """
 
     rows: int = 4
     num_warps: int = 4
     groups: int = 1
-    registers: int | None = None
 
     def __post_init__(self) -> None:
         assert self.rows // self.groups in (1, 2, 4, 8, 16), "sums of rows are joined pair by pair"
@@ -41,18 +39,16 @@ class FewBitShapes:
         short_add: residual products over vectors of at most 4,096 (o_proj).
         long_add: the others (down_proj).
         gate_up: gate and up product.
-        attention: whether attention leaves its result so, too.
-        prepares: whether a kernel leaves its result as integers for the next one, where that can read them.
-        ahead_bytes: gate and up codes that attention brings into the second-level cache.
+        prepares: whether a kernel leaves its result as integers for the next one in 4 bits, where that can read them.
+        prepares_bytes: the same for the next one in 8 bits.
     """
 
     qkv: WordConfig | None = None
     short_add: WordConfig | None = None
     long_add: WordConfig | None = None
     gate_up: WordConfig | None = None
-    attention: bool = True
     prepares: bool = True
-    ahead_bytes: int = 0
+    prepares_bytes: bool = False
 
 
 HELD_WORDS = 144
@@ -65,17 +61,19 @@ SPAN = 8
 """Values of a vector left by a kernel that share a scale; rows of a program that leaves one are a multiple of it."""
 
 
-def choose(weight: QuantizedTensor, prepared: bool = False, gated: bool = False) -> WordConfig:
+def choose(weight: QuantizedTensor, prepared: bool = False, leaves: bool = False) -> WordConfig:
     """The shape of a program for a weight: the fewest instructions a weight, among those with programs enough.
 
-    Of a ``prepared`` vector nothing is worth sharing: many warps with few rows each hide each other's latency. A
-    ``gated`` product makes one value of two rows, and leaves eight.
+    Measured instead, in whole steps of phi-3.5-mini on an H200: shapes for a ``prepared`` vector, of which little is
+    worth sharing, so that more warps with fewer rows hide each other's latency; and for a short vector of which a
+    product makes integers once more and ``leaves`` its own.
     """
     num_rows, width = weight.shape[-2:]
-    if prepared:
-        many_rows = gated or num_rows >= PROGRAMS * PREPARED_MANY[0].rows
-        shapes = PREPARED_WIDE if width > 4096 else PREPARED_MANY if many_rows else PREPARED_FEW
-        return next((config for config in shapes if held_words(config, weight) <= HELD_WORDS), shapes[-1])
+    if prepared or (leaves and width <= 4096):
+        shapes = LEAVING_NARROW if not prepared else PREPARED_NARROW if width <= 4096 else PREPARED_WIDE
+        for config in shapes:
+            if held_words(config, weight) <= HELD_WORDS:
+                return config
     fitting = [config for config in SHAPES if held_words(config, weight) <= HELD_WORDS]
     many = [config for config in fitting if num_rows >= PROGRAMS * config.rows]
     return min(many or fitting, key=lambda config: _instructions(config, width))
@@ -105,8 +103,7 @@ def _instructions(config: WordConfig, width: int) -> float:
 SHAPES = tuple(WordConfig(rows, num_warps) for num_warps in (2, 4, 8) for rows in (1, 2, 4, 8, 16))
 """Shapes that are thought of where programs prepare the vector."""
 
-PREPARED_MANY = WordConfig(16, 4, 2), WordConfig(16, 4, 4)
-PREPARED_FEW = WordConfig(16, 2, 1), WordConfig(8, 4, 4)
+LEAVING_NARROW = (WordConfig(16, 2),)
+PREPARED_NARROW = WordConfig(16, 4, 2), WordConfig(16, 4, 4)
 PREPARED_WIDE = WordConfig(8, 4, 1), WordConfig(8, 8, 2)
-"""Shapes for prepared vectors: of at most 4,096 values, with many rows and with few, and of more values. The first that
-fits its registers: the fastest for int4 in a sweep of whole steps of phi-3.5-mini on an H200."""
+"""Measured shapes, of which the first that fits is taken: for vectors of at most 4,096 values, and of more."""

@@ -23,7 +23,7 @@ from phi35.quantization.kernels.prepared import (
     take_vector,
 )
 from phi35.quantization.kernels.shapes import WordConfig
-from phi35.quantization.kernels.words import dot_rows, hold_rows, places
+from phi35.quantization.kernels.words import dot_rows, hold_rows
 
 
 def operands(weight: QuantizedTensor) -> tuple[Any, ...]:
@@ -98,7 +98,7 @@ def project_qkv(
         PAGE=cache.page_size,
         **reading(source, weight.codes),
         **constants(weight, config),
-        **launch_options(config.num_warps, pdl, config.registers),
+        **launch_options(config.num_warps, pdl),
     )
 
 
@@ -137,7 +137,7 @@ def project(
         **reading(source, weight.codes),
         **leaving(target, weight.codes),
         **constants(weight, config),
-        **launch_options(config.num_warps, pdl, config.registers),
+        **launch_options(config.num_warps, pdl),
     )
 
 
@@ -173,7 +173,7 @@ def project_gate_up(
         **reading(source, weight.codes),
         **leaving(target, weight.codes),
         **constants(weight, config),
-        **launch_options(config.num_warps, pdl, config.registers),
+        **launch_options(config.num_warps, pdl),
     )
 
 
@@ -208,6 +208,7 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     PREPARED: tl.constexpr,
     PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
     KIND: tl.constexpr,
@@ -222,7 +223,7 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     num_rows: tl.constexpr = (NUM_HEADS + 2 * NUM_KV) * 2 * HALF
     head = tl.program_id(0) // per_head
     start = (tl.program_id(0) % per_head) * pairs
-    element = places(start, PAIRS, GROUPS)
+    element = start + tl.arange(0, pairs)
     low_row = head * (2 * HALF) + start
     high_row = low_row + HALF
     low_held = hold_rows(codes, scale, zeros, low_row, num_rows, PAIRS, WIDTH, LANES, KIND, GROUP, ZEROS, True, GROUPS)
@@ -243,14 +244,14 @@ def _qkv_kernel(  # type: ignore[no-untyped-def]
     sin = tl.where(turned, (tl.sin(angle) * multiplier).to(kind).to(tl.float32), 0.0)
     wait_for_predecessor(PDL)
     span: tl.constexpr = 8 if PREPARED else 16
-    integers, factor = take_vector(
-        hidden, prepared, norms, norm_biases, eps, PREPARED, PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS
+    places, factor = take_vector(
+        hidden, prepared, norms, norm_biases, eps, PREPARED, PARTS, PADDED_PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS
     )
     low = dot_rows(
-        low_held, integers, row_scale, low_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+        low_held, places, row_scale, low_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
     )
     high = dot_rows(
-        high_held, integers, row_scale, high_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+        high_held, places, row_scale, high_row, num_rows, PAIRS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
     )
     low, high = low * factor, high * factor
     if BIAS:
@@ -293,6 +294,7 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     EVEN: tl.constexpr,
     PREPARED: tl.constexpr,
     PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
     LEFT: tl.constexpr,
     LEFT_NORM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -306,7 +308,7 @@ def _project_kernel(  # type: ignore[no-untyped-def]
 ):
     all_rows: tl.constexpr = ROWS * GROUPS
     first = tl.program_id(0) * all_rows
-    rows = places(first, ROWS, GROUPS)
+    rows = first + tl.arange(0, all_rows)
     inside = rows < num_rows
     held = hold_rows(codes, scale, zeros, first, num_rows, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN, GROUPS)
     norms, norm_biases = take_norm(norm_weight, norm_bias, PREPARED, NORM, WIDTH, LANES)
@@ -318,11 +320,11 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     if ADD:
         residual = tl.load(out + rows, mask=inside, other=0.0).to(tl.float32)
     span: tl.constexpr = 8 if PREPARED else 16
-    integers, factor = take_vector(
-        vector, prepared, norms, norm_biases, eps, PREPARED, PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS
+    places, factor = take_vector(
+        vector, prepared, norms, norm_biases, eps, PREPARED, PARTS, PADDED_PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS
     )
     total = dot_rows(
-        held, integers, row_scale, first, num_rows, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+        held, places, row_scale, first, num_rows, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
     )
     total *= factor
     if BIAS:
@@ -334,16 +336,7 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     if LEFT != "none":
         tl.static_assert(EVEN)
         leave_vector(
-            left,
-            rounded.to(tl.float32),
-            next_norms,
-            first,
-            tl.program_id(0),
-            num_rows,
-            all_rows,
-            all_rows,
-            LEFT,
-            LEFT_NORM,
+            left, rounded.to(tl.float32), next_norms, first, tl.program_id(0), num_rows, all_rows, LEFT, LEFT_NORM
         )
 
 
@@ -369,6 +362,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     EVEN: tl.constexpr,
     PREPARED: tl.constexpr,
     PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
     LEFT: tl.constexpr,
     LEFT_NORM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -382,7 +376,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 ):
     all_rows: tl.constexpr = ROWS * GROUPS
     first = tl.program_id(0) * all_rows
-    rows = places(first, ROWS, GROUPS)
+    rows = first + tl.arange(0, all_rows)
     up_first = half + first
     gate_held = hold_rows(codes, scale, zeros, first, half, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN, GROUPS)
     up_held = hold_rows(codes, scale, zeros, up_first, 2 * half, ROWS, WIDTH, LANES, KIND, GROUP, ZEROS, EVEN, GROUPS)
@@ -391,20 +385,18 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
         next_norms = left_norms(left_norm, first, all_rows, LEFT_NORM)
     wait_for_predecessor(PDL)
     span: tl.constexpr = 8 if PREPARED else 16
-    integers, factor = take_vector(
-        hidden, prepared, norms, norm_biases, eps, PREPARED, PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS
+    places, factor = take_vector(
+        hidden, prepared, norms, norm_biases, eps, PREPARED, PARTS, PADDED_PARTS, NORM, WIDTH, LANES, KIND, ASM, GROUPS
     )
     gate = dot_rows(
-        gate_held, integers, row_scale, first, half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+        gate_held, places, row_scale, first, half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
     )
     up = dot_rows(
-        up_held, integers, row_scale, up_first, 2 * half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
+        up_held, places, row_scale, up_first, 2 * half, ROWS, WIDTH, LANES, KIND, ZEROS, BYTES, ASM, span, GROUPS
     )
     value = (activate(gate * factor, ACT) * (up * factor)).to(acted.dtype.element_ty)
     if LEFT == "none":
         tl.store(acted + rows, value, mask=rows < half)
     else:
         tl.static_assert(EVEN)
-        leave_vector(
-            left, value.to(tl.float32), next_norms, first, tl.program_id(0), half, all_rows, all_rows, LEFT, LEFT_NORM
-        )
+        leave_vector(left, value.to(tl.float32), next_norms, first, tl.program_id(0), half, all_rows, LEFT, LEFT_NORM)

@@ -39,15 +39,6 @@ def several(first, STEP: tl.constexpr, COUNT: tl.constexpr, GROUPS: tl.constexpr
 
 
 @triton.jit
-def places(first, ROWS: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Numbers of a program's rows from ``first`` on, in the shape of their products: (ROWS,) or (GROUPS, ROWS)."""
-    if GROUPS == 1:
-        return first + tl.arange(0, ROWS)
-    else:
-        return first + tl.arange(0, GROUPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-
-
-@triton.jit
 def _rows_of_groups(LANES: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Which row of a program each group begins at, in the shape of ``lanes``."""
     if GROUPS == 1:
@@ -376,10 +367,7 @@ def dot_rows(  # type: ignore[no-untyped-def]
     SPAN: tl.constexpr = 16,
     GROUPS: tl.constexpr = 1,
 ):
-    """Products (ROWS,) or (GROUPS, ROWS) float32 of held rows with a prepared vector.
-
-    SPAN of the vector's values share a scale.
-    """
+    """Products (GROUPS * ROWS,) float32 of held rows with a prepared vector, SPAN of whose values share a scale."""
     words, scales, points = held
     each: tl.constexpr = 2 if KIND == "int4" else 4
     per: tl.constexpr = 16 if KIND == "fp8" else 8 + 32 // SPAN
@@ -397,21 +385,24 @@ def dot_rows(  # type: ignore[no-untyped-def]
         sums = sums + (total,)  # type: ignore[assignment]
     result = _sum_lanes(sums, ROWS, LANES, GROUPS)
     if BYTES:
-        rows = tl.minimum(places(first, ROWS, GROUPS), num_rows - 1)
+        rows = tl.minimum(first + tl.arange(0, GROUPS * ROWS), num_rows - 1)
         result *= tl.load(row_scale + rows)
     return result
 
 
 @triton.jit
 def _sum_lanes(sums, ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums over lanes of ROWS tensors (LANES,) or (GROUPS, LANES), reduced together: (ROWS,) or (GROUPS, ROWS)."""
+    """Sums over lanes of ROWS tensors (LANES,) or (GROUPS, LANES), reduced together: (GROUPS * ROWS,)."""
     tl.static_assert(ROWS <= 16 and ROWS & (ROWS - 1) == 0)
     shape: tl.constexpr = (LANES, ROWS) if GROUPS == 1 else (GROUPS, LANES, ROWS)
     if ROWS == 1:
         joined = tl.reshape(sums[0], shape)
     else:
         joined = tl.reshape(_joined(sums, 0, 1, ROWS), shape)
-    return tl.sum(joined, axis=0 if GROUPS == 1 else 1)
+    if GROUPS == 1:
+        return tl.sum(joined, axis=0)
+    else:
+        return tl.reshape(tl.sum(joined, axis=1), (GROUPS * ROWS,))
 
 
 @triton.jit
